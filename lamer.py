@@ -1,0 +1,904 @@
+"""LaMer: meta-RL that teaches a language model to explore, as one file (Jiang et al., ICLR 2026, arXiv 2512.16848).
+
+A *trial* is up to N episodes of the same task from the same initial state. After an episode that fails, the model
+writes a reflection; the next episode's prompts carry it. Returns cross episodes with the discount gamma_traj, so an
+early episode is paid for what it lets later ones achieve: that is what makes exploring worth learning. At test time
+only the context adapts.
+
+Read from the top; the data flows in this order:
+
+    run_trial              one trial as a generator: yields prompts, receives replies, ends as a Trial of Turns   (sec. 3.1)
+    SlotSampler.run        plays hundreds of trials at once with one model; nobody waits for the slowest
+    compute_returns        G_t(n) = g_t(n) + sum_{m>n} gamma_traj^(m-n) g_0(m)                                    (sec. 3.2)
+    compute_advantages     G minus what the same task's other trials got at the same point                        (sec. 3.3)
+    update                 clipped policy gradient on every reply token, reflections included                     (sec. 3.3)
+
+A Turn is one model call and the unit of training. Each stage fills its own fields and overwrites none. Environments
+are known only by the interface in envs.py.
+"""
+
+import math
+from collections import defaultdict, deque
+from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import LogitsProcessor, LogitsProcessorList
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from envs import Env, between
+
+# ------------------------------------------------------------------------------------------------------------ the trial
+
+
+@dataclass
+class Turn:
+    """One model call: what was asked, what was answered, what it earned. `logps` are those of the sampling policy."""
+
+    episode: int  # 0-based
+    phase: str  # "play" or "reflect"
+    prompt_ids: list[int]
+    reply_ids: list[int]  # exactly as sampled, the end token included; what is trained on
+    logps: list[float]  # one per reply token
+    reply: str
+    observation: str  # what the environment showed before
+    reward: float  # of the environment; 0 for a reflection
+    is_valid: bool  # the reply could be parsed
+    anchor: str  # key of the state the turn was taken in, for GiGPO
+    ret: float = 0.0  # the return G, set by compute_returns
+    penalty: float = 0.0  # what an invalid reply cost; `ret` is after it
+    advantage: float = 0.0  # set by compute_advantages
+
+
+@dataclass
+class Trial:
+    """Up to N episodes of one task by one agent."""
+
+    seed: int  # the task
+    episodes: int  # N, as planned; a trial ends earlier at the first success
+    turns: list[Turn] = field(default_factory=list)
+    reflections: list[str] = field(default_factory=list)  # one per failed episode that was reflected on
+    won_in: int | None = None  # the episode that solved the task
+    num_shortened: int = 0  # prompts that had to be shortened
+
+    def success_after(self, episodes: int) -> bool:
+        """Whether the task was solved within the first `episodes` episodes."""
+        return self.won_in is not None and self.won_in < episodes
+
+    def __str__(self) -> str:
+        """The trial as a person would read it."""
+        lines = [
+            f"=== task {self.seed}: "
+            + ("not solved" if self.won_in is None else f"solved in episode {self.won_in + 1}")
+        ]
+        for turn in self.turns:
+            lines.append(f"--- episode {turn.episode + 1}, {turn.phase}\n{turn.observation}\n>>> {turn.reply}")
+            lines[-1] += "" if turn.is_valid else "  [not valid]"
+            lines[-1] += f"  [reward {turn.reward:g}]" if turn.phase == "play" else ""
+        return "\n".join(lines)
+
+    def rewards(self) -> list[list[float]]:
+        """Rewards of the play turns, one list per episode played."""
+        played = [[] for _ in range(self.turns[-1].episode + 1)]
+        for turn in self.turns:
+            if turn.phase == "play":
+                played[turn.episode].append(turn.reward)
+        return played
+
+
+class Prompt(NamedTuple):
+    """What a trial yields: the phase, "play" or "reflect", and the token ids of the prompt."""
+
+    phase: str
+    ids: list[int]
+
+
+class Reply(NamedTuple):
+    """What a sampler sends back into a trial."""
+
+    ids: list[int]
+    logps: list[float]
+    text: str
+
+
+MEMORIES = ("none", "history", "reflection", "both")
+
+
+def run_trial(
+    env: Env,
+    seed: int,
+    episodes: int,
+    chat: "Chat",
+    memory: str = "reflection",
+    style: str = "full",
+    max_prompt: int = 2048,
+    borrowed: Sequence[str] | None = None,
+) -> Generator[Prompt, Reply, Trial]:
+    """Play one trial (paper, section 3.1): yields a Prompt, receives a Reply, returns the Trial.
+
+    `memory` says what the next episodes see of a failed one; with "none" the episodes are independent attempts.
+    `borrowed` replaces the trial's own reflections by those of another task, the control that shows whether memory is
+    used.
+    """
+    trial = Trial(seed, episodes)
+    past: list[tuple[list[tuple[str, str, bool]], str]] = []  # (records, reflection) of every failed episode
+
+    def fit(write: Callable[[int, int], str]) -> list[int]:
+        """Encode a prompt; over the limit, first the oldest history goes, then the oldest memory, then the middle."""
+        ids = chat.encode(write(HISTORY_LENGTH, 0))
+        if len(ids) <= max_prompt:
+            return ids
+        trial.num_shortened += 1
+        for keep, forget in [(k, 0) for k in range(HISTORY_LENGTH - 1, 0, -1)] + [(1, f + 1) for f in range(len(past))]:
+            ids = chat.encode(write(keep, forget))
+            if len(ids) <= max_prompt:
+                return ids
+        return ids[: max_prompt // 2] + ids[len(ids) - (max_prompt - max_prompt // 2) :]
+
+    for episode in range(episodes):
+        initial, _ = env.reset(seed)
+        observation, records, done = initial, [], False
+        while not done:
+            anchor = env.anchor()
+            shown = past if memory != "none" else []
+            prompt_ids = fit(lambda k, f: play_prompt(env, style, memory, initial, shown[f:], episode, records, k))  # noqa: B023
+            reply = yield Prompt("play", prompt_ids)
+            action, is_valid = env.parse(reply.text)
+            before = observation
+            observation, reward, terminated, truncated, info = env.step(action)
+            done = terminated or truncated or len(records) + 1 >= env.turn_limit
+            records.append((str(action), observation, done))
+            anchor = before if anchor is None else anchor
+            trial.turns.append(Turn(episode, "play", prompt_ids, *reply, before, float(reward), is_valid, anchor))
+        if info.get("won", terminated and reward > 0):
+            trial.won_in = episode
+            break
+        if episode + 1 == episodes or memory == "none":
+            continue
+        reflection = ""
+        if memory in ("reflection", "both"):
+            prompt_ids = fit(lambda k, _: reflection_prompt(env, style, initial, episode, records, k))  # noqa: B023
+            reply = yield Prompt("reflect", prompt_ids)
+            reflection, is_valid = parse_reflection(reply.text)
+            trial.turns.append(Turn(episode, "reflect", prompt_ids, *reply, observation, 0.0, is_valid, "reflection"))
+            trial.reflections.append(reflection)
+        past.append((records, reflection if borrowed is None else borrowed[len(past)]))
+    return trial
+
+
+def parse_reflection(reply: str) -> tuple[str, bool]:
+    """The reflection inside <remark> </remark>, cut at 2,000 characters, and whether both tags were there."""
+    text = between(reply, "<remark>", "</remark>")
+    return (text or "").strip()[:2000], text is not None
+
+
+# ---------------------------------------------------------------------------------------------------------- the prompts
+
+HISTORY_LENGTH = 7  # records of an episode that a prompt shows (official scripts)
+
+
+def format_history(
+    records: Sequence[tuple[str, str, bool]], num_observations: int, length: int = HISTORY_LENGTH
+) -> str:
+    """The last `length` records (action, observation, done), the last `num_observations` of them with observation.
+
+    [("(2, 3)", "? 1", False)] -> "Action 1: (2, 3)\\nObservation 1:\\n? 1"
+    """
+    lines, first = [], max(len(records) - length, 0)
+    for i, (action, observation, done) in enumerate(records[first:], start=first):
+        shown = f"\n{observation}" if i >= len(records) - num_observations else " ..."
+        lines.append(f"Action {i + 1}: {action}\nObservation {i + 1}:{shown}")
+        if done:
+            break
+    return "\n".join(lines)
+
+
+def play_prompt(
+    env: Env,
+    style: str,
+    memory: str,
+    initial: str,
+    past: Sequence[tuple[list[tuple[str, str, bool]], str]],
+    episode: int,
+    records: Sequence[tuple[str, str, bool]],
+    length: int = HISTORY_LENGTH,
+) -> str:
+    """The prompt of one play turn: what is fixed first, what changes last, since the sampler re-uses common prefixes.
+
+    "compact" has the same sections in the same order for the tiny policy, in a form a small model can learn within
+    minutes: a reflection that redraws a board stands at a constant distance from the present board.
+    """
+    blocks = []
+    for number, (old_records, reflection) in enumerate(past, start=1):
+        history = format_history(old_records, 2, length) if memory in ("history", "both") else ""
+        note = reflection if memory in ("reflection", "both") else ""
+        if style == "compact":
+            blocks.append("\n".join(["memory", *filter(None, [history, note])]))
+        else:
+            blocks.append(f"Episode {number} did not solve the task.")
+            blocks += [f"What happened in it:\n{history}"] * bool(history)
+            blocks += [f"What you noted for the next episodes:\n{note}"] * bool(note)
+    admissible = env.actions()
+    options = ["You can choose from: " + ", ".join(admissible)] if admissible else []
+    if style == "compact":
+        now = records[-1][1] if records else initial
+        if not env.is_markov and records:
+            now = f"{initial}\n{format_history(records, 2, length)}"
+        return "\n".join([*filter(None, [env.rules("compact")]), *blocks, "now", now, *options, "act"])
+    sections = [env.rules("full"), f"The task at the start:\n{initial}", *blocks]
+    if episode and past:
+        sections.append(f"This is episode {episode + 1}, again from the start.")
+    if records:
+        sections.append(f"What you did so far in this episode:\n{format_history(records, 2, length)}")
+    return "\n\n".join(filter(None, [*sections, *options, env.reply_format]))
+
+
+def reflection_prompt(
+    env: Env,
+    style: str,
+    initial: str,
+    episode: int,
+    records: Sequence[tuple[str, str, bool]],
+    length: int = HISTORY_LENGTH,
+) -> str:
+    """The prompt that asks for a reflection on the episode just failed; earlier reflections are not shown (facts 3)."""
+    if style == "compact":
+        last = records[-1][1] if env.is_markov else f"{initial}\n{format_history(records, 2, length)}"
+        return "\n".join([*filter(None, [env.rules("compact")]), "now", last, "reflect"])
+    sections = [
+        env.rules("full"),
+        f"The task at the start:\n{initial}",
+        f"Below is episode {episode + 1} of your attempts. Study it, find what went wrong, and plan how to do better from the "
+        "same start.",
+        format_history(records, HISTORY_LENGTH, length),
+        "The episode ended without solving the task.",
+        "Think about your mistakes and about what you found out. Then write what your next episode should know and "
+        "do, briefly, inside <remark> </remark>.",
+    ]
+    return "\n\n".join(filter(None, sections))
+
+
+class Chat:
+    """Text to token ids and back, in the model's own chat format.
+
+    The template is rendered once, around a marker; a prompt is then head + content + tail. The content is encoded with
+    special tokens switched off, so `<|im_end|>` in a board, a reply or a reflection stays plain text.
+    """
+
+    def __init__(self, tokenizer: Any, stop_ids: Iterable[int] = ()):
+        self.tokenizer = tokenizer
+        marker, head, tail = "CONTENT", "", "\n"
+        if tokenizer.chat_template:
+            message = [{"role": "user", "content": marker}]
+            text = tokenizer.apply_chat_template(
+                message, tokenize=False, add_generation_prompt=True, enable_thinking=False
+            )
+            head, _, tail = text.partition(marker)
+        self.head = tokenizer.encode(head, add_special_tokens=False)
+        self.tail = tokenizer.encode(tail, add_special_tokens=False)
+        self.stop_ids = {i for i in (*stop_ids, tokenizer.eos_token_id) if i is not None}
+        if not self.stop_ids:
+            raise ValueError("the tokenizer has no end-of-sequence token, so replies would never end")
+        self.vocab_size = len(tokenizer)  # ids from here on exist in the model only as padding, and are never sampled
+
+    def encode(self, prompt: str) -> list[int]:
+        """Token ids of one user message, up to and including the start of the answer."""
+        return self.head + self.encode_plain(prompt) + self.tail
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Token ids of the text alone, with no special tokens whatever it holds."""
+        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+    def decode(self, reply_ids: Sequence[int]) -> str:
+        """The text of a reply, without its end token."""
+        ids = reply_ids[:-1] if reply_ids and reply_ids[-1] in self.stop_ids else reply_ids
+        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+# --------------------------------------------------------------------------------------------------------- the samplers
+
+
+def uniforms(*key: int | np.ndarray) -> np.ndarray:
+    """Uniform numbers in [0, 1) that depend on nothing but the key (splitmix64 over its parts).
+
+    Keyed by (seed, step, trial, turn, token), a sampled token depends neither on slots nor on ranks nor on order.
+    """
+    state = np.zeros(np.broadcast_shapes(*(np.shape(part) for part in key)) or (1,), dtype=np.uint64)
+    for part in key:
+        state = (state ^ np.asarray(part, dtype=np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
+        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        state ^= state >> np.uint64(31)
+    return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+@dataclass
+class Sampling:
+    """How tokens are drawn. Training draws from the policy itself: temperature as in the loss, top-p and top-k off."""
+
+    seed: int = 0
+    step: int = 0
+    temperature: float = 1.0  # 0 takes the likeliest token
+    top_p: float = 1.0
+    top_k: int = 0  # 0 is off
+
+
+def pick_tokens(logits: Tensor, uniform: np.ndarray, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """Draw one token per row by inverting the cumulative distribution at `uniform`.
+
+    logits (B, V), uniform (B,) -> tokens (B,), log-probabilities (B,) under the distribution drawn from.
+    """
+    if sampling.temperature == 0:
+        logps = logits.float().log_softmax(-1)  # (B, V)
+        tokens = logps.argmax(-1)
+    else:
+        logits = logits.float() / sampling.temperature  # (B, V)
+        if 0 < sampling.top_k < logits.shape[-1]:
+            logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[:, -1:], -math.inf)
+        if sampling.top_p < 1:
+            ordered, order = logits.softmax(-1).sort(-1, descending=True)
+            drop = ordered.cumsum(-1) - ordered >= sampling.top_p  # the first token is always kept
+            logits = logits.masked_fill(drop.scatter(-1, order, drop), -math.inf)
+        logps = logits.log_softmax(-1)  # (B, V)
+        cumulative = logps.double().exp().cumsum(-1)  # (B, V)
+        target = torch.as_tensor(uniform, device=logits.device)[:, None] * cumulative[:, -1:]
+        tokens = torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+    return tokens, logps.gather(-1, tokens[:, None])[:, 0]
+
+
+class SlotLayer(CacheLayerMixin):
+    """One layer of the key/value cache: a row per slot, preallocated, each row written at its own positions."""
+
+    is_sliding = False
+
+    def __init__(self, view: "SlotCache"):
+        super().__init__()
+        self.view = view
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        rows, columns = self.view.num_slots, self.view.capacity
+        shape = (rows, key_states.shape[1], columns)
+        # zeros, not empty: a masked NaN is still NaN
+        self.keys = key_states.new_zeros(*shape, key_states.shape[-1])  # (S, H, C, D)
+        self.values = value_states.new_zeros(*shape, value_states.shape[-1])  # (S, H, C, D)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write (B, H, T, D) states of the rows in view at their positions; return what these rows hold so far."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        rows, positions, width = self.view.rows, self.view.positions, self.view.width
+        self.keys[rows[:, None], :, positions] = key_states.transpose(1, 2)  # (B, T, H, D)
+        self.values[rows[:, None], :, positions] = value_states.transpose(1, 2)
+        if self.view.is_leading:
+            return self.keys[: len(rows), :, :width], self.values[: len(rows), :, :width]
+        return self.keys[rows, :, :width], self.values[rows, :, :width]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.view.width, 0
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def get_max_length(self) -> int:
+        return self.view.capacity
+
+
+class SlotCache(Cache):
+    """The layers, and which rows, positions and columns the present forward pass works on."""
+
+    def __init__(self, num_layers: int, num_slots: int, capacity: int, device: torch.device):
+        self.num_slots, self.capacity, self.device = num_slots, capacity + 1, device  # the last column is scratch
+        self.columns = torch.arange(self.capacity, device=device)
+        super().__init__(layers=[SlotLayer(self) for _ in range(num_layers)])
+
+    def look_at(self, rows: Sequence[int], positions: np.ndarray, width: int, dtype: torch.dtype) -> Tensor:
+        """Select rows and positions (B, T); returns the additive causal mask (B, 1, T, width)."""
+        self.is_leading = list(rows) == list(range(len(rows)))
+        self.rows = torch.as_tensor(list(rows), device=self.device)
+        self.positions = torch.as_tensor(positions, device=self.device).clamp(max=self.capacity - 1)
+        self.width = width
+        hidden = self.columns[:width] > self.positions[:, :, None]  # (B, T, width)
+        mask = torch.zeros(hidden.shape, dtype=dtype, device=self.device)
+        return mask.masked_fill_(hidden, torch.finfo(dtype).min)[:, None]
+
+    def move_row(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` columns of a row."""
+        for layer in self.layers:
+            layer.keys[target, :, :length] = layer.keys[source, :, :length]
+            layer.values[target, :, :length] = layer.values[source, :, :length]
+
+
+@dataclass
+class Slot:
+    """A row of the cache and the trial that is using it."""
+
+    trial: int = -1  # index of the trial
+    turn: int = 0  # model calls of this trial so far
+    held: list[int] = field(default_factory=list)  # token ids whose keys and values the row holds
+    prompt: list[int] = field(default_factory=list)
+    reply: list[int] = field(default_factory=list)
+    logps: list[float] = field(default_factory=list)
+
+
+class SlotSampler:
+    """Plays many trials at once: a fixed number of slots, each a row of one preallocated key/value cache.
+
+    Every pass of the loop gives each live slot one token. A reply that ends goes straight to its trial; of the next
+    prompt only what differs from the tokens the slot holds is computed. When a trial ends, the next waiting one takes
+    the slot. So no trial waits for a slower one. Keys and values live no longer than one `run`: weights change between
+    runs.
+    """
+
+    def __init__(self, model: Any, chat: Chat, slots: int, max_prompt: int, max_reply: int, prefill_tokens: int = 8192):
+        layers = set(getattr(model.config, "layer_types", None) or ["full_attention"])
+        if layers != {"full_attention"} or getattr(model.config, "sliding_window", None):
+            raise ValueError("this model has layers without full attention; use --sampler generate")
+        self.model, self.chat, self.num_slots = model, chat, slots
+        self.max_reply, self.prefill_tokens = max_reply, prefill_tokens
+        self.cache = SlotCache(model.config.num_hidden_layers, slots, max_prompt + max_reply, model.device)
+
+    @torch.no_grad()
+    def run(self, trials: Sequence[Generator], ids: Sequence[int], sampling: Sampling) -> list[Trial]:
+        """Play all trials to their end. `ids` number them for the random draws; the order of results is that of trials."""
+        assert not self.model.training, "sampling needs model.eval()"
+        waiting, finished = deque(range(len(trials))), [None] * len(trials)
+        slots = [Slot() for _ in range(min(self.num_slots, len(trials)))]
+        for slot in slots:
+            slot.trial = waiting.popleft()
+            slot.prompt = next(trials[slot.trial]).ids
+        logits = None
+        while slots:
+            new = [row for row, slot in enumerate(slots) if not slot.reply]
+            if len(new) < len(slots):
+                logits = self.decode(slots)  # (B, V); rows of new slots hold nothing yet
+            for rows in self.prefill_batches(slots, new):
+                ready = self.prefill(slots, rows)
+                if logits is None or len(logits) != len(slots):
+                    logits = ready.new_zeros(len(slots), ready.shape[-1])
+                logits[rows] = ready
+            keys = np.array([(ids[s.trial], s.turn, len(s.reply)) for s in slots]).T
+            tokens, logps = pick_tokens(logits, uniforms(sampling.seed, sampling.step, *keys), sampling)
+            ended = []
+            for row, (slot, token, logp) in enumerate(zip(slots, tokens.tolist(), logps.tolist(), strict=True)):
+                slot.reply.append(token)
+                slot.logps.append(logp)
+                if token in self.chat.stop_ids or len(slot.reply) >= self.max_reply:
+                    if not self.next_prompt(slot, trials, waiting, finished):
+                        ended.append(row)
+            for row in reversed(ended):  # keep live slots at the head of the cache, so that decoding reads it in place
+                last = slots.pop()
+                if row < len(slots):
+                    self.cache.move_row(len(slots), row, len(last.held))
+                    slots[row] = last
+            logits = None if ended else logits
+        return finished
+
+    def next_prompt(self, slot: Slot, trials: Sequence[Generator], waiting: deque, finished: list) -> bool:
+        """Hand a finished reply to its trial and load the slot with the next prompt; False if no work is left."""
+        reply = Reply(slot.reply, slot.logps, self.chat.decode(slot.reply))
+        try:
+            slot.prompt = trials[slot.trial].send(reply).ids
+            slot.turn += 1
+        except StopIteration as stop:
+            finished[slot.trial] = stop.value
+            if not waiting:
+                return False
+            slot.trial, slot.turn = waiting.popleft(), 0
+            slot.prompt = next(trials[slot.trial]).ids
+        slot.reply, slot.logps = [], []
+        return True
+
+    def prefill_batches(self, slots: list[Slot], rows: list[int]) -> list[list[int]]:
+        """Group rows with new prompts by the number of tokens they must compute, within the token budget."""
+        todo = sorted(rows, key=lambda row: len(slots[row].prompt) - common_prefix(slots[row].held, slots[row].prompt))
+        batches: list[list[int]] = []
+        for row in todo:
+            need = len(slots[row].prompt) - common_prefix(slots[row].held, slots[row].prompt)
+            if not batches or (len(batches[-1]) + 1) * need > self.prefill_tokens:
+                batches.append([])
+            batches[-1].append(row)
+        return batches
+
+    def prefill(self, slots: list[Slot], rows: list[int]) -> Tensor:
+        """Compute what the cache does not hold of these rows' prompts; returns the logits after each prompt (B, V)."""
+        starts = [common_prefix(slots[row].held, slots[row].prompt) for row in rows]
+        suffixes = [slots[row].prompt[start:] for row, start in zip(rows, starts, strict=True)]
+        for row in rows:
+            slots[row].held = list(slots[row].prompt)
+        tokens = pad(suffixes)  # (B, T)
+        positions = np.array(starts)[:, None] + np.arange(tokens.shape[1])  # (B, T)
+        # A short row's padding is written behind its end, where decoding will overwrite it before it is ever seen.
+        hidden = self.forward(rows, tokens, positions, max(len(slots[row].prompt) for row in rows))  # (B, T, h)
+        last = torch.tensor([len(suffix) - 1 for suffix in suffixes], device=hidden.device)
+        return self.head(hidden[torch.arange(len(rows), device=hidden.device), last])
+
+    def decode(self, slots: list[Slot]) -> Tensor:
+        """One token for every live slot (B, V). Slots that wait for their prompt write to the scratch column."""
+        tokens, positions = np.zeros((len(slots), 1), dtype=np.int64), np.zeros((len(slots), 1), dtype=np.int64)
+        for row, slot in enumerate(slots):
+            if slot.reply:
+                tokens[row], positions[row] = slot.reply[-1], len(slot.held)
+                slot.held.append(slot.reply[-1])
+            else:
+                positions[row] = self.cache.capacity - 1
+        width = max((len(slot.held) for slot in slots if slot.reply), default=1)
+        return self.head(self.forward(range(len(slots)), torch.from_numpy(tokens), positions, width)[:, 0])
+
+    def forward(self, rows: Sequence[int], tokens: Tensor, positions: np.ndarray, longest: int) -> Tensor:
+        """Hidden states (B, T, h) of the tokens at their positions, attending to what their rows hold."""
+        width = min(-(-longest // 32) * 32, self.cache.capacity)  # few distinct widths keep the allocator calm
+        mask = self.cache.look_at(rows, positions, width, self.model.dtype)
+        return self.model.model(
+            input_ids=tokens.to(self.model.device),
+            position_ids=self.cache.positions,
+            attention_mask=mask,
+            past_key_values=self.cache,
+            use_cache=True,
+        ).last_hidden_state
+
+    def head(self, hidden: Tensor) -> Tensor:
+        return self.model.lm_head(hidden)[:, : self.chat.vocab_size]
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the longest common prefix, short of the whole of `b`: at least one token must be computed."""
+    limit = min(len(a), len(b) - 1)
+    return next((i for i in range(limit) if a[i] != b[i]), limit)
+
+
+def pad(rows: Sequence[Sequence[int]], left: bool = False) -> Tensor:
+    """Pad to a rectangle with id 0; what is padding is told by length, never by id. [[5, 6], [7]] -> [[5, 6], [7, 0]]"""
+    width = max(len(row) for row in rows)
+    fill = [[0] * (width - len(row)) for row in rows]
+    return torch.tensor([[*f, *row] if left else [*row, *f] for row, f in zip(rows, fill, strict=True)])
+
+
+class GenerateSampler:
+    """The plain reference: `model.generate`, all trials in lock-step over turns. Draws the same tokens as SlotSampler."""
+
+    def __init__(self, model: Any, chat: Chat, slots: int, max_prompt: int, max_reply: int):
+        self.model, self.chat, self.num_slots, self.max_reply = model, chat, slots, max_reply
+
+    @torch.no_grad()
+    def run(self, trials: Sequence[Generator], ids: Sequence[int], sampling: Sampling) -> list[Trial]:
+        """Play all trials to their end; see SlotSampler.run."""
+        finished: list[Trial | None] = [None] * len(trials)
+        prompts, turn = {i: next(trial).ids for i, trial in enumerate(trials)}, 0
+        while prompts:
+            live = list(prompts)
+            for start in range(0, len(live), self.num_slots):
+                batch = live[start : start + self.num_slots]
+                replies = self.generate([prompts[i] for i in batch], [ids[i] for i in batch], turn, sampling)
+                for i, reply in zip(batch, replies, strict=True):
+                    try:
+                        prompts[i] = trials[i].send(reply).ids
+                    except StopIteration as stop:
+                        finished[i] = stop.value
+                        del prompts[i]
+            turn += 1
+        return finished
+
+    def generate(self, prompts: list[list[int]], ids: Sequence[int], turn: int, sampling: Sampling) -> list[Reply]:
+        """Reply to every prompt."""
+        tokens, draw = (
+            pad(prompts, left=True).to(self.model.device),
+            DrawTokens(ids, turn, sampling, self.chat.vocab_size),
+        )
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=tokens.device)
+        is_content = torch.arange(tokens.shape[1], device=tokens.device) >= tokens.shape[1] - lengths[:, None]
+        self.model.generate(
+            tokens,
+            attention_mask=is_content.long(),
+            do_sample=False,
+            max_new_tokens=self.max_reply,
+            eos_token_id=sorted(self.chat.stop_ids),
+            pad_token_id=0,
+            logits_processor=LogitsProcessorList([draw]),
+        )
+        replies = []
+        for sampled, logps in zip(
+            torch.stack(draw.tokens, 1).tolist(), torch.stack(draw.logps, 1).tolist(), strict=True
+        ):
+            end = next((i + 1 for i, token in enumerate(sampled) if token in self.chat.stop_ids), len(sampled))
+            replies.append(Reply(sampled[:end], logps[:end], self.chat.decode(sampled[:end])))
+        return replies
+
+
+class DrawTokens(LogitsProcessor):
+    """Makes greedy `generate` emit the tokens that `pick_tokens` draws, and keeps them."""
+
+    def __init__(self, ids: Sequence[int], turn: int, sampling: Sampling, vocab_size: int):
+        self.ids, self.turn, self.sampling, self.vocab_size = np.array(ids), turn, sampling, vocab_size
+        self.tokens: list[Tensor] = []
+        self.logps: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        uniform = uniforms(self.sampling.seed, self.sampling.step, self.ids, self.turn, len(self.tokens))
+        tokens, logps = pick_tokens(scores[:, : self.vocab_size], uniform, self.sampling)
+        self.tokens.append(tokens)
+        self.logps.append(logps)
+        return torch.full_like(scores, -math.inf).scatter(-1, tokens[:, None], 0.0)
+
+
+# -------------------------------------------------------------------------------------------- returns and advantages
+
+
+def discounted(rewards: Sequence[float], gamma_step: float, tail: float = 0.0) -> list[float]:
+    """Discounted sums from every turn on; `tail` stands in the place of a next return at the last turn, undiscounted.
+
+    discounted([0, 0, 10], 0.5) == [2.5, 5.0, 10.0]
+    """
+    returns = []
+    for reward in reversed(rewards):
+        tail = reward + (gamma_step * tail if returns else tail)
+        returns.append(tail)
+    return returns[::-1]
+
+
+def cross_episode_returns(
+    rewards: Sequence[Sequence[float]], credit: str, gamma_step: float, gamma_traj: float
+) -> list[list[float]]:
+    """G_t(n) of every play turn, for rewards[n][t] (paper, section 3.2; official: facts/games.md, section 4).
+
+    paper:    G_t(n) = g_t(n) + sum_{m>n} gamma_traj^(m-n) g_0(m)
+    official: one recursion, so that gamma_step also discounts what comes from later episodes
+    """
+    returns: list[list[float]] = []
+    later = 0.0  # gamma_traj-discounted value of all that follows the episode
+    for episode in reversed(rewards):
+        if credit == "official":
+            returns.append(discounted(episode, gamma_step, later))
+            later = gamma_traj * returns[-1][0]
+        else:
+            inside = discounted(episode, gamma_step)
+            returns.append([g + later for g in inside])
+            later = gamma_traj * (inside[0] + later)
+    return returns[::-1]
+
+
+def compute_returns(
+    trials: Iterable[Trial], credit: str, gamma_step: float, gamma_traj: float, invalid_penalty: float = 0.5
+) -> None:
+    """Set `ret` of every turn: cross-episode returns; a reflection gets G_0 of the episode it prepares, undiscounted."""
+    for trial in trials:
+        returns = cross_episode_returns(trial.rewards(), credit, gamma_step, gamma_traj)
+        position = defaultdict(int)
+        for turn in trial.turns:
+            if turn.phase == "reflect":
+                turn.ret = returns[turn.episode + 1][0]
+            else:
+                turn.ret = returns[turn.episode][position[turn.episode]]
+                position[turn.episode] += 1
+            turn.penalty = invalid_penalty * (not turn.is_valid)
+            turn.ret -= turn.penalty
+
+
+def center(values: Sequence[float], norm: str = "mean") -> list[float]:
+    """Values minus their mean, for "mean_std" also divided by (std + 1e-6). A set of one gives 0, never NaN."""
+    array = np.asarray(values, dtype=np.float64)
+    if len(array) < 2 or array.max() == array.min():
+        return [0.0] * len(array)
+    array = array - array.mean()
+    return (array / (array.std(ddof=1) + 1e-6) if norm == "mean_std" else array).tolist()
+
+
+ESTIMATORS = ("reinforce", "gigpo")
+
+
+def compute_advantages(
+    groups: Iterable[Sequence[Trial]], estimator: str, norm: str = "mean", step_weight: float = 1.0
+) -> None:
+    """Set `advantage` of every turn; a group is the trials of one task (paper, section 3.3).
+
+    Episode and phase are part of every key: memory differs between episodes, so equal boards are not equal states, and
+    a baseline over all episodes would punish the very action that made the next one succeed.
+
+    reinforce: G minus its mean over the rows of the group with the same episode and phase.
+    gigpo:     E + step_weight * P. E: the member's G_0(n) minus the mean over members that played episode n, 0 for
+               reflections. P: G minus its mean over rows with the same episode, phase and anchor.
+    """
+    for group in groups:
+        rows = defaultdict(list)
+        for trial in group:
+            for turn in trial.turns:
+                rows[(turn.episode, turn.phase, turn.anchor if estimator == "gigpo" else "")].append(turn)
+        for turns in rows.values():
+            weight = step_weight if estimator == "gigpo" else 1.0
+            for turn, value in zip(turns, center([turn.ret for turn in turns], norm), strict=True):
+                turn.advantage = weight * value
+        if estimator == "gigpo":
+            for episode in range(max(trial.turns[-1].episode for trial in group) + 1):
+                played = [[t for t in trial.turns if t.episode == episode and t.phase == "play"] for trial in group]
+                played = [turns for turns in played if turns]
+                # G_0(n) as the environment paid it: an invalid first reply is penalised in P, on its own row
+                values = center([turns[0].ret + turns[0].penalty for turns in played], norm)
+                for turns, value in zip(played, values, strict=True):
+                    for turn in turns:
+                        turn.advantage += value
+
+
+# ----------------------------------------------------------------------------------------------------------- the update
+
+
+def reply_logps(
+    model: Any,
+    turns: Sequence[Turn],
+    temperature: float,
+    vocab_size: int,
+    need_entropy_grad: bool = False,
+    chunk: int = 4096,
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of every reply token of the turns, one after the other, and the entropy where it was drawn: (T,), (T,).
+
+    Sequences are padded on the right, so causal attention needs no mask. Only hidden states that predict reply tokens
+    reach the output layer, in chunks that are recomputed in the backward pass: logits of the whole batch never exist.
+    """
+    device = model.device
+    tokens = pad([turn.prompt_ids + turn.reply_ids for turn in turns]).to(device)  # (B, L)
+    hidden = model.model(input_ids=tokens, use_cache=False).last_hidden_state  # (B, L, h)
+    rows = [row for row, turn in enumerate(turns) for _ in turn.reply_ids]
+    columns = [len(turn.prompt_ids) + i for turn in turns for i in range(len(turn.reply_ids))]
+    rows, columns = torch.tensor(rows, device=device), torch.tensor(columns, device=device)
+    hidden, targets = hidden[rows, columns - 1], tokens[rows, columns]  # (T, h), (T,)
+
+    def score(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logps = (model.lm_head(hidden)[:, :vocab_size].float() / temperature).log_softmax(-1)  # (C, V)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and need_entropy_grad):
+            entropy = -(logps.exp() * logps).sum(-1)  # (C,)
+        return logps.gather(-1, targets[:, None])[:, 0], entropy
+
+    pieces = [
+        checkpoint(score, h, t, use_reentrant=False)
+        for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True)
+    ]
+    return torch.cat([logps for logps, _ in pieces]), torch.cat([entropy for _, entropy in pieces])
+
+
+def clipped_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, clip: float = 0.2) -> tuple[Tensor, Tensor]:
+    """PPO's clipped objective per token, as a loss, and where the clipping was active: (T,), (T,) bool."""
+    ratio = (logps - old_logps).exp()
+    plain, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)
+    return torch.maximum(plain, clipped), clipped > plain
+
+
+def micro_batches(turns: Sequence[Turn], max_tokens: int) -> list[list[Turn]]:
+    """Turns sorted by length and cut so that each padded rectangle holds at most max_tokens (or one turn)."""
+    batches: list[list[Turn]] = []
+    for turn in sorted(turns, key=lambda turn: len(turn.prompt_ids) + len(turn.reply_ids)):
+        length = len(turn.prompt_ids) + len(turn.reply_ids)  # the longest so far, since sorted
+        if not batches or (len(batches[-1]) + 1) * length > max_tokens:
+            batches.append([])
+        batches[-1].append(turn)
+    return batches
+
+
+def all_reduce_sum(values: Sequence[float], device: torch.device) -> list[float]:
+    """Sum numbers over all processes; the same list where there is only one."""
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return total.tolist()
+
+
+class Optimizer:
+    """AdamW on fp32 masters of the weights, with gradients summed in fp32 and over all processes.
+
+    A step of 1e-6 on a bf16 weight rounds to nothing, hence the masters; for an fp32 model they are the weights
+    themselves. Processes share gradients once per optimizer step, after all micro-batches, so they may have different
+    numbers of these. The loss is divided by a global token count, so gradients are summed over processes, not
+    averaged.
+    """
+
+    def __init__(self, model: Any, lr: float, weight_decay: float = 0.0, dtype: torch.dtype = torch.float32):
+        """Takes an fp32 model and turns its weights into `dtype`."""
+        self.weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.masters = {n: p if dtype == torch.float32 else p.detach().clone() for n, p in self.weights.items()}
+        model.to(dtype)
+        self.adamw = torch.optim.AdamW(self.masters.values(), lr=lr, weight_decay=weight_decay)
+        for name, weight in self.weights.items():
+            if weight is not self.masters[name]:
+                weight.register_post_accumulate_grad_hook(self.accumulate(self.masters[name]))
+
+    @staticmethod
+    def accumulate(master: Tensor) -> Callable[[Tensor], None]:
+        """A hook that moves a weight's fresh gradient into its master's fp32 gradient."""
+
+        def hook(weight: Tensor) -> None:
+            master.grad = weight.grad.float() if master.grad is None else master.grad.add_(weight.grad)
+            weight.grad = None
+
+        return hook
+
+    def step(self, max_norm: float) -> float:
+        """Sum gradients over processes, clip them to max_norm, update; returns the norm before clipping."""
+        masters = list(self.masters.values())
+        for master in masters:
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
+            if dist.is_initialized():
+                dist.all_reduce(master.grad)
+        norm = torch.nn.utils.clip_grad_norm_(masters, max_norm).item()
+        self.adamw.step()
+        self.adamw.zero_grad()
+        with torch.no_grad():
+            for name, weight in self.weights.items():
+                if weight is not self.masters[name]:
+                    weight.copy_(self.masters[name])
+        return norm
+
+
+def update(
+    model: Any,
+    optimizer: Optimizer,
+    trials: Sequence[Trial],
+    ids: Sequence[int],
+    sampling: Sampling,
+    vocab_size: int,
+    clip: float = 0.2,
+    entropy_bonus: float = 0.0,
+    minibatch: int = 64,
+    microbatch_tokens: int = 16384,
+    grad_clip: float = 1.0,
+) -> dict[str, float]:
+    """One pass of clipped policy-gradient steps over the turns of this process' trials (paper, section 3.3).
+
+    Every reply token of a turn carries the turn's advantage. A mini-batch of about `minibatch` turns (over all
+    processes) is one optimizer step; which one a turn belongs to depends only on (seed, step, trial, turn). The loss
+    is a sum over tokens divided by the mini-batch's global token count, so neither micro-batches nor the number of
+    processes change the result.
+    """
+    device = model.device
+    turns = [(turn, i, number) for trial, i in zip(trials, ids, strict=True) for number, turn in enumerate(trial.turns)]
+    num_turns, num_tokens = all_reduce_sum([len(turns), sum(len(turn.reply_ids) for turn, _, _ in turns)], device)
+    num_minibatches = max(1, round(num_turns / minibatch))
+    draw = uniforms(sampling.seed, sampling.step, *np.array([key for _, *key in turns]).T, 1 << 40)
+    minibatches: list[list[Turn]] = [[] for _ in range(num_minibatches)]
+    for (turn, _, _), u in zip(turns, draw, strict=True):
+        minibatches[int(u * num_minibatches)].append(turn)
+
+    model.train()
+    old_logps = {id(turn): torch.tensor(turn.logps, device=device) for turn, _, _ in turns}
+    gap = 0.0
+    if model.dtype != torch.float32:  # a bf16 decoder and a bf16 trainer differ: measure the ratio against the trainer
+        with torch.no_grad():
+            for batch in micro_batches([turn for turn, _, _ in turns], microbatch_tokens):
+                logps, _ = reply_logps(model, batch, sampling.temperature, vocab_size)
+                for turn, new in zip(batch, logps.split([len(turn.reply_ids) for turn in batch]), strict=True):
+                    gap += (new - old_logps[id(turn)]).abs().sum().item()
+                    old_logps[id(turn)] = new
+
+    sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, entropy, clipped tokens, kl
+    norms = []
+    for rows in minibatches:
+        [count] = all_reduce_sum([sum(len(turn.reply_ids) for turn in rows)], device)
+        if count == 0:
+            continue
+        for batch in micro_batches(rows, microbatch_tokens):
+            logps, entropy = reply_logps(model, batch, sampling.temperature, vocab_size, entropy_bonus > 0)
+            old = torch.cat([old_logps[id(turn)] for turn in batch])  # (T,)
+            advantages = torch.tensor([t.advantage for t in batch for _ in t.reply_ids], device=device)  # (T,)
+            losses, is_clipped = clipped_loss(logps, old, advantages, clip)
+            ((losses.sum() - entropy_bonus * entropy.sum()) / count).backward()
+            with torch.no_grad():
+                kl = (old - logps).expm1() - (
+                    old - logps
+                )  # k3: unbiased, never negative, KL(sampling policy || policy)
+                sums += torch.stack([losses.sum(), entropy.sum(), is_clipped.sum(), kl.sum()]).double()
+        norms.append(optimizer.step(grad_clip))
+    model.eval()
+    loss, entropy, clipped, kl, gap = (x / num_tokens for x in all_reduce_sum([*sums.tolist(), gap], device))
+    return {
+        "loss": loss,
+        "entropy": entropy,
+        "clip_fraction": clipped,
+        "kl": kl,
+        "sampler_gap": gap,
+        "grad_norm": sum(norms) / len(norms),
+        "updates": len(norms),
+    }

@@ -1,0 +1,618 @@
+"""Train a language model by LaMer's meta-RL.
+
+    python train.py --env minesweeper                                  one process: a laptop, or one GPU
+    torchrun --nproc-per-node=gpu train.py --env sokoban               every GPU of a node
+    python train.py --env minesweeper --episodes 1 --group_size 24     the RL baseline of equal budget
+    python train.py --env my_game.py:Game --steps 50                   an environment of yours (see envs.Env)
+    python train.py --resume runs/minesweeper-1                        go on as if never stopped
+
+Without a GPU the policy is `tiny`: a Qwen3-shaped model of under a million weights, made on the spot and warm-started
+by imitating a scripted player, so that meta-RL can be watched at work within minutes. From there on it is a model like
+any other. Every random draw is a function of (seed, step, trial, turn, token), so a run is repeatable and resumes
+exactly.
+
+Simplifications against the paper and the official code:
+1. One process per GPU holds the whole model and plays its own tasks; no separate inference servers.
+2. One pass over each batch of trials, as in the official scripts; no value function, no KL to the starting model yet.
+3. Gradients are summed over processes once per optimizer step: what DistributedDataParallel does, by hand and in fp32.
+4. The learning rate is constant.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from types import UnionType
+from typing import Any, get_args
+
+import torch
+import torch.distributed as dist
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers.utils import logging as transformers_logging
+
+import lamer
+from envs import Env, derive_seed, make_env
+from lamer import Chat, Reply, Sampling, Trial, Turn, all_reduce_sum
+
+# ---------------------------------------------------------------------------------------------------------- the options
+
+
+@dataclass
+class Config:
+    """All options of a run; the flags are built from it. None is filled in from the tables below."""
+
+    env: str = "lockbox"  # lockbox, minesweeper, sokoban, or a class of yours as file.py:Class
+    model: str | None = None  # tiny, a folder, or a hub name; default: tiny without a GPU, Qwen/Qwen3-4B with one
+    out: str | None = None  # run folder; default: runs/<env>-<number>
+    resume: str | None = None  # run folder to go on with
+    seed: int = 0  # everything random in the run follows from it
+    steps: int | None = None  # training steps (paper: 300)
+    # the trial
+    episodes: int | None = None  # N, episodes per trial (paper: 3; 1 is the RL baseline)
+    num_tasks: int = 16  # tasks per step, over all processes (paper: 16)
+    group_size: int = 8  # trials per task (paper: 8, and 24 for RL)
+    memory: str = "reflection"  # what later episodes see of a failed one: none, history, reflection, both
+    style: str | None = None  # prompts: full, or compact for the tiny policy
+    # credit
+    credit: str = "paper"  # how returns cross episodes: paper or official (see lamer.cross_episode_returns)
+    estimator: str = "gigpo"  # advantages: reinforce or gigpo (see lamer.compute_advantages)
+    norm: str = "mean"  # mean, or mean_std to divide advantages by the standard deviation
+    step_weight: float = 1.0  # weight of GiGPO's step part
+    gamma_step: float = 0.95  # discount from turn to turn
+    gamma_traj: float | None = None  # discount from episode to episode (scripts: 0.6 MineSweeper, 0.9 Sokoban)
+    invalid_penalty: float = 0.5  # taken from the return of a reply that cannot be parsed
+    # the update
+    lr: float | None = None  # constant learning rate (paper: 1e-6)
+    clip: float = 0.2  # range of the probability ratio
+    entropy_bonus: float = 0.0  # weight of the entropy in the objective
+    grad_clip: float = 1.0  # largest gradient norm
+    weight_decay: float = 0.0  # AdamW's (official: 0.01)
+    minibatch: int | None = None  # turns per optimizer step, over all processes (paper: 64)
+    microbatch_tokens: int = 8192  # tokens per forward and backward pass; lower it when memory runs out
+    grad_checkpoint: bool = False  # recompute activations in the backward pass: less memory, about a third slower
+    # sampling
+    sampler: str = "slots"  # slots, or generate for the plain reference
+    slots: int = 128  # trials decoded at once; lower it when memory runs out
+    max_prompt: int | None = None  # tokens; longer prompts are shortened (paper: 2048)
+    max_reply: int | None = None  # tokens (paper: 1024)
+    temperature: float = 1.0  # in training, of the sampler and of the loss
+    # evaluation, saving, machine
+    eval_every: int = 25  # steps; 0 is never
+    eval_tasks: int = 64  # fixed tasks, disjoint from training
+    save_every: int = 25  # steps; the last step is always saved
+    keep: int = 2  # checkpoints kept, newest first
+    device: str | None = None  # cpu or cuda; default: cuda if there is one
+    dtype: str | None = None  # float32 or bfloat16; default: bfloat16 on a GPU
+    # the environment; which of these apply depends on it, and unset ones take its own defaults
+    size: int | None = None  # side of the board or room
+    mines: int | None = None  # MineSweeper
+    turns: int | None = None  # model calls per episode
+    boxes: int | None = None  # Sokoban
+    min_solution: int | None = None  # Sokoban: least moves of a level's shortest solution
+    max_solution: int | None = None  # Sokoban: most moves of a level's shortest solution
+    codes: int | None = None  # Lockbox
+    # the tiny policy
+    tiny_hidden: int | None = None  # width
+    tiny_layers: int | None = None  # depth
+    warm_steps: int | None = None  # steps of imitation before RL
+    warm_batch: int = 64  # turns per step of imitation
+    warm_lr: float = 2e-3  # peak learning rate of imitation
+
+
+ENV_OPTIONS = ("size", "mines", "turns", "boxes", "min_solution", "max_solution", "codes")
+CHOICES = {
+    "memory": lamer.MEMORIES,
+    "style": ("full", "compact"),
+    "credit": ("paper", "official"),
+    "estimator": lamer.ESTIMATORS,
+    "norm": ("mean", "mean_std"),
+    "sampler": ("slots", "generate"),
+    "dtype": ("float32", "bfloat16"),
+}
+# Later tables win. A real model trains on the paper's settings; the tiny one's were found by trying (README).
+DEFAULTS = dict(
+    steps=300, episodes=3, gamma_traj=0.6, style="full", lr=1e-6, minibatch=64, max_prompt=2048, max_reply=1024
+)
+ENV_DEFAULTS = {"lockbox": dict(episodes=2), "sokoban": dict(gamma_traj=0.9)}
+TINY_DEFAULTS = dict(
+    steps=100, style="compact", lr=3e-4, minibatch=256, max_prompt=192, max_reply=64, tiny_hidden=128, tiny_layers=4, warm_steps=600
+)  # fmt: skip
+TINY_ENV_DEFAULTS = {
+    "lockbox": dict(steps=60, lr=1e-3, max_prompt=48, max_reply=16, tiny_hidden=64, tiny_layers=2, warm_steps=1000),
+}
+
+
+def resolve(config: Config) -> Config:
+    """Fill in what was left open, by environment and kind of policy; ValueError for what cannot be."""
+    config.device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    config.model = config.model or ("tiny" if config.device == "cpu" else "Qwen/Qwen3-4B")
+    config.dtype = config.dtype or ("float32" if config.device == "cpu" else "bfloat16")
+    saved = saved_config(config.model)
+    is_small = config.model == "tiny" or saved.get("style") == "compact"
+    tables = [DEFAULTS, ENV_DEFAULTS.get(config.env, {})]
+    tables += [TINY_DEFAULTS, TINY_ENV_DEFAULTS.get(config.env, {})] if is_small else []
+    for name, value in {k: v for table in tables for k, v in table.items()}.items():
+        if getattr(config, name) is None:
+            setattr(config, name, value)
+    if config.episodes == 1:
+        config.memory = "none"
+    for name, allowed in CHOICES.items():
+        if getattr(config, name) not in allowed:
+            raise ValueError(f"--{name} must be one of {', '.join(allowed)}, not {getattr(config, name)!r}")
+    low = dict(steps=0, episodes=1, num_tasks=1, group_size=2, minibatch=1, slots=1, max_prompt=1, max_reply=1, keep=1)
+    low |= dict(
+        eval_every=0, save_every=0, eval_tasks=1, microbatch_tokens=1, tiny_hidden=8, tiny_layers=1, warm_steps=0
+    )
+    for name, least in low.items():
+        if getattr(config, name) is not None and getattr(config, name) < least:
+            why = " (advantages compare the trials of a group)" if name == "group_size" else ""
+            raise ValueError(f"--{name} must be at least {least}, got {getattr(config, name)}{why}")
+    if config.temperature <= 0:
+        raise ValueError(f"--temperature must be above 0 in training, got {config.temperature}")
+    if config.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError("--device cuda, but torch finds no CUDA GPU here; use --device cpu")
+    return config
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that answers a mistake with one line."""
+
+    def error(self, message: str) -> None:
+        sys.exit(f"{self.prog}: {message} (--help lists all options)")
+
+
+def parse_flags(cls: type, argv: Sequence[str], description: str) -> dict[str, Any]:
+    """The flags given on the command line; one for every field of the dataclass, with underscore or dash."""
+    parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for f in fields(cls):
+        names = dict.fromkeys([f"--{f.name}", f"--{f.name.replace('_', '-')}"])
+        kind = get_args(f.type)[0] if isinstance(f.type, UnionType) else f.type
+        options = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+        parser.add_argument(*names, default=argparse.SUPPRESS, **options)
+    return vars(parser.parse_args(argv))
+
+
+def env_of(config: Config) -> Env:
+    """A new environment with the options of the run."""
+    return make_env(config.env, **{k: getattr(config, k) for k in ENV_OPTIONS if getattr(config, k) is not None})
+
+
+# -------------------------------------------------------------------------------------------- the policy, tiny or not
+
+
+def saved_config(folder: str | None) -> dict[str, Any]:
+    """The options saved beside a checkpoint; empty for a hub name or a foreign folder."""
+    path = Path(folder or "", "lamer.json")
+    return json.loads(path.read_text())["config"] if path.is_file() else {}
+
+
+def load_policy(name: str, dtype: str, device: str) -> tuple[Any, Chat]:
+    """A causal language model and its chat format from a folder or the hub; ValueError in one line if it cannot be."""
+    looks_local = Path(name).exists() or name.startswith((".", "/", "~"))
+    if looks_local and not Path(name, "config.json").is_file():
+        raise ValueError(f"--model {name}: no config.json there; give a run folder, a checkpoint folder or a hub name")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype)).to(device).eval()
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # transformers, safetensors and the hub each have exceptions of their own
+        reason = next(iter(str(error).strip().splitlines()), "")
+        raise ValueError(f"--model {name} cannot be loaded: {type(error).__name__}: {reason}") from error
+    stop_ids = model.generation_config.eos_token_id
+    return model, Chat(tokenizer, stop_ids if isinstance(stop_ids, list) else [stop_ids])
+
+
+# Pieces of text that become one token each: tags, row labels, (row and col), words, single signs.
+PIECES = re.compile(r"</?\w+>|\n?(?:[A-Z]\w* )?\d+:|\(\w+,| ?\w+\)|\n?\w+| ?\w+| ?[^\w\s]|\s")
+
+
+class Recorder:
+    """Stands in for a Chat and keeps the texts: what the tiny policy's vocabulary is made from."""
+
+    stop_ids = {0}
+
+    def __init__(self):
+        self.texts: list[str] = []
+
+    def encode(self, text: str) -> list[int]:
+        self.texts.append(text)
+        return [0]
+
+    encode_plain = encode
+
+
+def scripted_trial(
+    env: Env, seed: int, episodes: int, chat: Chat | Recorder, skill: float, rng: random.Random, **options: Any
+) -> Trial:
+    """A trial played by the environment's scripted player instead of a model; options as for lamer.run_trial."""
+    talk = lamer.run_trial(env, seed, episodes, chat, **options)
+    notes: list[str] = []
+    try:
+        prompt = next(talk)
+        while True:
+            if prompt.phase == "play":
+                text = env.scripted(skill, rng, notes)
+            else:
+                text = env.scripted_reflection(rng)
+                notes.append(lamer.parse_reflection(text)[0])
+            ids = chat.encode_plain(text) + [min(chat.stop_ids)]
+            prompt = talk.send(Reply(ids, [0.0] * len(ids), text))
+    except StopIteration as stop:
+        return stop.value
+
+
+def make_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer whose tokens are the pieces of these texts, and bytes for everything else."""
+    pieces = sorted({piece for text in texts for piece in PIECES.findall(text)})
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={byte: i for i, byte in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in pieces])
+    special = dict(eos_token="<|end|>", additional_special_tokens=["<|user|>", "<|assistant|>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    tokenizer.chat_template = "<|user|>{{ messages[0]['content'] }}<|assistant|>"
+    return tokenizer
+
+
+def tiny_shape(config: Config, vocab_size: int, eos_token_id: int) -> Qwen3Config:
+    """A Qwen3 of under a million weights, for texts of a hundred tokens."""
+    return Qwen3Config(
+        vocab_size=vocab_size,
+        hidden_size=config.tiny_hidden,
+        intermediate_size=2 * config.tiny_hidden,
+        num_hidden_layers=config.tiny_layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=config.tiny_hidden // 4,
+        rope_parameters={"rope_type": "default", "rope_theta": 1000.0},  # wavelengths of 6 to some thousand tokens
+        initializer_range=0.05,
+        tie_word_embeddings=True,
+        eos_token_id=eos_token_id,
+        bos_token_id=None,
+    )
+
+
+def warm_policy(config: Config) -> Path:
+    """The folder of the warm-started tiny policy that belongs to this configuration; made once, then kept.
+
+    Warm start: imitate a scripted player who plays first episodes badly, writes down what was seen, and often follows
+    what is written. So RL starts from a policy that knows the format and can copy from memory; when to explore, and
+    how far to trust memory, is left to RL. The loss covers the prompts too: predicting a board from its remembered
+    picture is what teaches a small model to look back.
+    """
+    episodes = max(config.episodes, ENV_DEFAULTS.get(config.env, {}).get("episodes", DEFAULTS["episodes"]))  # RL's too
+    play = dict(episodes=episodes, style="compact", max_prompt=config.max_prompt)
+    recorder, rng, env = Recorder(), random.Random(config.seed), env_of(config)
+    for seed in range(64):
+        scripted_trial(env, seed, chat=recorder, skill=env.warm_skill, rng=rng, **play)
+    options = {k: v for k, v in asdict(config).items() if k == "seed" or k.startswith(("tiny_", "warm_"))}
+    key = hashlib.sha256(json.dumps([recorder.texts, play, options]).encode()).hexdigest()[:12]
+    folder = Path(os.environ.get("LAMER_CACHE", "~/.cache/lamer")).expanduser() / f"tiny-{env.name}-{key}"
+    if folder.is_dir():
+        return folder
+
+    tokenizer = make_tokenizer(recorder.texts)
+    chat = Chat(tokenizer)
+    torch.manual_seed(config.seed)
+    model = Qwen3ForCausalLM(tiny_shape(config, len(tokenizer), tokenizer.eos_token_id))
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
+    turns, num_trials = [], 0
+    bar = tqdm(range(config.warm_steps), desc=f"warm start on {env.name}", disable=config.warm_steps == 0)
+    for step in bar:
+        while len(turns) < 4 * config.warm_batch:  # a pool of several trials, so that a batch mixes them
+            num_trials += 1
+            seed = derive_seed("warm", config.seed, num_trials) % 2**31
+            turns += scripted_trial(env, seed, chat=chat, skill=env.warm_skill, rng=rng, **play).turns
+        rng.shuffle(turns)
+        batch, turns = turns[: config.warm_batch], turns[config.warm_batch :]
+        for group in optimizer.param_groups:
+            group["lr"] = config.warm_lr * min(1, (step + 1) / 50) * max(0.02, 1 - step / config.warm_steps)
+        bar.set_postfix(loss=f"{imitate(model, batch, config.microbatch_tokens):.3f}", refresh=False)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    save_folder(folder, lambda path: save_policy(path, model, model.state_dict(), tokenizer, config, 0))
+    return folder
+
+
+def imitate(model: Any, turns: Sequence[Turn], microbatch_tokens: int) -> float:
+    """Gradient of the mean loss over reply tokens plus that over prompt tokens; returns the sum of the two means."""
+    num_replies, num_prompts = sum(len(t.reply_ids) for t in turns), sum(len(t.prompt_ids) - 1 for t in turns)
+    total = 0.0
+    for batch in lamer.micro_batches(turns, microbatch_tokens):
+        tokens = lamer.pad([turn.prompt_ids + turn.reply_ids for turn in batch])  # (B, L)
+        weights = torch.zeros(tokens.shape)  # (B, L)
+        for row, turn in zip(weights, batch, strict=True):
+            row[1 : len(turn.prompt_ids)] = 1 / num_prompts
+            row[len(turn.prompt_ids) : len(turn.prompt_ids) + len(turn.reply_ids)] = 1 / num_replies
+        is_target = weights[:, 1:] > 0  # (B, L-1)
+        hidden = model.model(input_ids=tokens, use_cache=False).last_hidden_state[:, :-1][is_target]  # (T, h)
+        losses = torch.nn.functional.cross_entropy(model.lm_head(hidden), tokens[:, 1:][is_target], reduction="none")
+        loss = (losses * weights[:, 1:][is_target]).sum()
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+# ----------------------------------------------------------------------------------------------- checkpoints and resume
+
+
+def save_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Write a folder under another name and rename it when complete; whatever fails leaves earlier ones as they were."""
+    draft = folder.with_name(f"{folder.name}.unfinished")
+    try:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        write(draft)
+        shutil.rmtree(folder, ignore_errors=True)
+        draft.rename(folder)
+    except Exception as error:  # a full disk shows as OSError, RuntimeError or SafetensorError, by library
+        shutil.rmtree(draft, ignore_errors=True)
+        reason = next(iter(str(error).strip().splitlines()), "")
+        sys.exit(f"cannot save {folder}: {type(error).__name__}: {reason}; earlier checkpoints are untouched")
+
+
+def save_policy(
+    folder: Path, model: Any, weights: dict[str, Tensor], tokenizer: Any, config: Config, step: int
+) -> None:
+    """An ordinary from_pretrained folder, plus lamer.json with the options and the number of steps done."""
+    model.save_pretrained(folder, state_dict=weights)
+    tokenizer.save_pretrained(folder)
+    (folder / "lamer.json").write_text(json.dumps({"step": step, "config": asdict(config)}, indent=1))
+
+
+def save_checkpoint(config: Config, step: int, model: Any, optimizer: lamer.Optimizer, tokenizer: Any) -> None:
+    """Save the fp32 weights and the optimizer after `step` steps, then drop all but the newest `keep` checkpoints."""
+
+    def write(folder: Path) -> None:
+        save_policy(folder, model, model.state_dict() | optimizer.masters, tokenizer, config, step)
+        torch.save(optimizer.adamw.state_dict(), folder / "optimizer.pt")
+
+    save_folder(Path(config.out, f"step_{step:06d}"), write)
+    for old in sorted(checkpoints(config.out))[: -config.keep]:
+        shutil.rmtree(checkpoints(config.out)[old], ignore_errors=True)
+
+
+def checkpoints(run: str | Path) -> dict[int, Path]:
+    """The complete checkpoints of a run folder by step; unfinished ones carry another name."""
+    return {int(p.name[5:]): p for p in Path(run).glob("step_*") if re.fullmatch(r"step_\d+", p.name)}
+
+
+def trim_log(path: Path, steps: int) -> None:
+    """Drop the rows of steps that will be done again."""
+    rows = [line for line in path.read_text().splitlines() if line.strip()] if path.exists() else []
+    kept = [line for line in rows if json.loads(line)["step"] <= steps]
+    path.write_text("".join(f"{line}\n" for line in kept))
+
+
+# ----------------------------------------------------------------------------------------------- rollout and evaluation
+
+
+def make_sampler(config: Config, model: Any, chat: Chat) -> lamer.SlotSampler | lamer.GenerateSampler:
+    kind = lamer.SlotSampler if config.sampler == "slots" else lamer.GenerateSampler
+    return kind(model, chat, config.slots, config.max_prompt, config.max_reply)
+
+
+def rollout(
+    config: Config, sampler: Any, seeds: Sequence[int], ids: Sequence[int], sampling: Sampling, **options: Any
+) -> list[Trial]:
+    """Play one trial for each seed; `ids` number the trials for the random draws. Options override those of run_trial."""
+    play = (
+        dict(episodes=config.episodes, memory=config.memory, style=config.style, max_prompt=config.max_prompt) | options
+    )
+    borrowed = play.pop("borrowed", [None] * len(seeds))
+    trials = [
+        lamer.run_trial(env_of(config), seed, chat=sampler.chat, borrowed=notes, **play)
+        for seed, notes in zip(seeds, borrowed, strict=True)
+    ]
+    return sampler.run(trials, ids, sampling)
+
+
+EVAL_SEED = 2**31  # evaluation tasks have seeds from here on, training tasks below
+
+
+def summarize(trials: Sequence[Trial], episodes: int, device: str = "cpu") -> dict[str, Any]:
+    """Means over the trials of all processes: success after 1..episodes episodes, return G_0(0), share of valid replies."""
+    turns = [turn for trial in trials for turn in trial.turns]
+    won = [sum(trial.success_after(k + 1) for trial in trials) for k in range(episodes)]
+    sums = [len(trials), len(turns), sum(t.turns[0].ret for t in trials), sum(t.is_valid for t in turns), *won]
+    num_trials, num_turns, returns, valid, *won = all_reduce_sum(sums, device)
+    return {"success": [w / num_trials for w in won], "return": returns / num_trials, "valid": valid / num_turns}
+
+
+def evaluate(config: Config, sampler: Any, step: int, rank: int, world: int) -> tuple[dict[str, Any], list[Trial]]:
+    """Success on fixed tasks, spread over the processes. An RL policy (episodes 1) gets three independent attempts."""
+    episodes = config.episodes if config.episodes > 1 else 3
+    ids = list(range(config.eval_tasks))[rank::world]
+    sampling = Sampling(config.seed, 2**32 + step, config.temperature)
+    trials = rollout(config, sampler, [EVAL_SEED + i for i in ids], ids, sampling, episodes=episodes)
+    lamer.compute_returns(trials, config.credit, config.gamma_step, config.gamma_traj, config.invalid_penalty)
+    return {"step": step, **summarize(trials, episodes, config.device)}, trials
+
+
+# -------------------------------------------------------------------------------------------------------------- the run
+
+
+def prepare(argv: Sequence[str]) -> tuple[Config, int]:
+    """Options from the flags, or from the run to resume; returns them and the number of steps already done."""
+    given = parse_flags(Config, argv, __doc__)
+    if "resume" not in given:
+        config = resolve(Config(**given))
+        if config.out is None:
+            stem = Path(
+                "runs", make_env(config.env).name if config.env.endswith(".py") else Path(config.env.split(":")[0]).stem
+            )
+            config.out = next(str(p) for i in range(1, 10**6) if not (p := Path(f"{stem}-{i}")).exists())
+        elif checkpoints(config.out):
+            raise ValueError(
+                f"--out {config.out} holds a run already; go on with --resume {config.out} or choose another folder"
+            )
+        return config, 0
+    run = given.pop("resume")
+    done = checkpoints(run)
+    if not done:
+        raise ValueError(f"--resume {run}: no complete checkpoint there")
+    saved = saved_config(str(done[max(done)]))
+    for name, value in given.items():
+        if name not in ("steps", "eval_every", "save_every", "keep", "out", "device") and saved.get(name) != value:
+            raise ValueError(f"--resume {run}: that run has --{name} {saved.get(name)}, which cannot become {value}")
+    return resolve(Config(**{**saved, **given, "out": run, "resume": run})), max(done)
+
+
+def start_run(config: Config, done: int) -> tuple[Any, lamer.Optimizer, Any, int, int]:
+    """Processes, policy, optimizer and sampler of a run; ValueError in one line for whatever the user can mend."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if config.num_tasks % world:
+        raise ValueError(f"--num_tasks {config.num_tasks} cannot be dealt evenly to {world} processes")
+    if config.device.startswith("cuda"):
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        if rank == 0 and (idle := torch.cuda.device_count() - world) > 0:
+            print(f"{idle} GPUs stay idle; torchrun --nproc-per-node=gpu train.py ... uses all", file=sys.stderr)
+    if world > 1:
+        dist.init_process_group("nccl" if config.device.startswith("cuda") else "gloo")
+        shared = [config.out]
+        dist.broadcast_object_list(shared)
+        config.out = shared[0]
+
+    env = env_of(config)
+    source = str(checkpoints(config.resume)[done]) if config.resume else config.model
+    if source == "tiny":
+        if rank == 0:
+            warm_policy(config)
+        if world > 1:
+            dist.barrier()
+        source = str(warm_policy(config))
+    model, chat = load_policy(source, "float32", config.device)
+    optimizer = lamer.Optimizer(model, config.lr, config.weight_decay, getattr(torch, config.dtype))
+    if config.resume:
+        optimizer.adamw.load_state_dict(torch.load(Path(source, "optimizer.pt"), map_location=config.device))
+    if config.grad_checkpoint:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    needed = len(next(lamer.run_trial(env, EVAL_SEED, 1, chat, style=config.style, max_prompt=10**9)).ids)
+    if needed > config.max_prompt:
+        raise ValueError(
+            f"one turn of {env.name} needs a prompt of {needed} tokens, --max_prompt is {config.max_prompt}"
+        )
+    return model, optimizer, make_sampler(config, model, chat), rank, world
+
+
+def main(argv: Sequence[str]) -> None:
+    try:
+        config, done = prepare(argv)
+        model, optimizer, sampler, rank, world = start_run(config, done)
+    except ValueError as error:
+        sys.exit(f"train.py: {error}")
+    out = Path(config.out)
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.json").write_text(json.dumps(asdict(config), indent=1))
+        for name in ("metrics.jsonl", "evals.jsonl"):
+            trim_log(out / name, done)
+        print(" ".join(f"{k}={v}" for k, v in asdict(config).items() if v is not None), file=sys.stderr)
+
+    def log(name: str, row: dict[str, Any]) -> None:
+        if rank == 0:
+            with open(out / name, "a") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def evaluate_and_log(step: int) -> None:
+        result, trials = evaluate(config, sampler, step, rank, world)
+        log("evals.jsonl", result)
+        if rank == 0:
+            (out / f"trials_{step:06d}.txt").write_text("\n\n".join(map(str, trials[:3])))
+            tqdm.write(
+                f"step {step}: on {config.eval_tasks} fixed tasks, success {percent(result['success'])}",
+                file=sys.stderr,
+            )
+
+    tasks = range(rank, config.num_tasks, world)  # every process plays whole groups
+    ids = [task * config.group_size + member for task in tasks for member in range(config.group_size)]
+    bar = tqdm(total=config.steps, initial=done, desc=config.env, disable=rank > 0, file=sys.stderr)
+    if config.eval_every and done == 0:
+        evaluate_and_log(0)
+    for step in range(done, config.steps):
+        clock = [time.perf_counter()]
+        sampling = Sampling(config.seed, step, config.temperature)
+        seeds = [derive_seed("task", config.seed, step, i // config.group_size) % EVAL_SEED for i in ids]
+        trials = rollout(config, sampler, seeds, ids, sampling)
+        clock.append(time.perf_counter())
+
+        lamer.compute_returns(trials, config.credit, config.gamma_step, config.gamma_traj, config.invalid_penalty)
+        groups = [trials[i : i + config.group_size] for i in range(0, len(trials), config.group_size)]
+        lamer.compute_advantages(groups, config.estimator, config.norm, config.step_weight)
+        clock.append(time.perf_counter())
+
+        stats = lamer.update(
+            model,
+            optimizer,
+            trials,
+            ids,
+            sampling,
+            vocab_size=sampler.chat.vocab_size,
+            clip=config.clip,
+            entropy_bonus=config.entropy_bonus,
+            minibatch=config.minibatch,
+            microbatch_tokens=config.microbatch_tokens,
+            grad_clip=config.grad_clip,
+        )
+        clock.append(time.perf_counter())
+
+        row = {"step": step + 1, **summarize(trials, config.episodes, config.device), **stats}
+        num_turns = sum(len(trial.turns) for trial in trials)
+        num_tokens = sum(len(turn.reply_ids) for trial in trials for turn in trial.turns)
+        num_shortened = sum(trial.num_shortened for trial in trials)
+        num_turns, num_tokens, num_shortened = all_reduce_sum([num_turns, num_tokens, num_shortened], config.device)
+        phases = zip(("rollout", "credit", "update"), clock, clock[1:])
+        row |= {"seconds": {name: round(end - begin, 3) for name, begin, end in phases}}
+        row |= {"tokens_per_second": round(num_tokens / (clock[1] - clock[0])), "peak_gb": peak_gb(config.device)}
+        row |= {"turns": int(num_turns), "reply_tokens": int(num_tokens), "shortened": int(num_shortened)}
+        log("metrics.jsonl", row)
+        shown = dict(success=percent(row["success"]), ret=f"{row['return']:.2f}", valid=f"{row['valid']:.0%}")
+        bar.set_postfix(**shown, tok_s=row["tokens_per_second"], refresh=False)
+        bar.update()
+        is_last = step + 1 == config.steps
+        if config.eval_every and (is_last or (step + 1) % config.eval_every == 0):
+            evaluate_and_log(step + 1)
+        if rank == 0 and (is_last or (config.save_every and (step + 1) % config.save_every == 0)):
+            save_checkpoint(config, step + 1, model, optimizer, sampler.chat.tokenizer)
+    bar.close()
+    if rank == 0:
+        print(f"done: python eval.py --model {config.out}", file=sys.stderr)
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def percent(shares: Sequence[float]) -> str:
+    """[0.125, 0.25] -> "12% / 25%"."""
+    return " / ".join(f"{share:.0%}" for share in shares)
+
+
+def peak_gb(device: str) -> float:
+    """Peak memory so far: of the GPU, or of the process."""
+    if device.startswith("cuda"):
+        return round(torch.cuda.max_memory_allocated() / 1e9, 3)
+    return round(
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9, 3
+    )
+
+
+if __name__ == "__main__":
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        main(sys.argv[1:])
+    except KeyboardInterrupt:
+        sys.exit("train.py: stopped; what was saved is complete, --resume goes on from there")
