@@ -83,7 +83,7 @@ class Env:
 
 
 def between(text: str, start: str, end: str) -> str | None:
-    """The text from the first `start` to the last `end`; None if either is missing, "" if they stand the wrong way round.
+    """The text from the first `start` to the last `end`; None if one is missing, "" if they stand the wrong way round.
 
     between("a <x> b </x> c", "<x>", "</x>") == " b "
     """
@@ -91,7 +91,7 @@ def between(text: str, start: str, end: str) -> str | None:
     return None if i < 0 or j < 0 else text[i + len(start) : max(j, i + len(start))]
 
 
-# -------------------------------------------------------------------------------------------------------------- Lockbox
+# --------------------------------------------------------------------------------------------- Lockbox
 
 
 class Lockbox(Env):
@@ -138,9 +138,9 @@ class Lockbox(Env):
         if style == "compact":
             return ""
         return (
-            f"You stand before a locked box. Its code is one of the numbers 1 to {self.codes} and never changes. Each episode "
-            "allows exactly one action: `open c` tries code c (10 points if it is right, else 0), `peek` reveals the code "
-            "(0 points), `leave` walks away (1 point). You have solved the task once the box is open."
+            f"You stand before a locked box. Its code is one of the numbers 1 to {self.codes} and never changes. Each "
+            "episode allows exactly one action: `open c` tries code c (10 points if it is right, else 0), `peek` "
+            "reveals the code (0 points), `leave` walks away (1 point). You have solved the task once the box is open."
         )
 
     def parse(self, reply: str) -> tuple[str, bool]:
@@ -194,7 +194,7 @@ def lockbox_values(codes: int, episodes: int, gamma_traj: float) -> tuple[dict[s
     return values(episodes, False, codes), success
 
 
-# ---------------------------------------------------------------------------------------------------------- MineSweeper
+# ----------------------------------------------------------------------------------------- MineSweeper
 
 
 @lru_cache(maxsize=16)
@@ -207,7 +207,7 @@ def neighbours(size: int) -> list[list[int]]:
 
 
 def open_cell(cell: int, numbers: list[str], shown: list[str], size: int) -> int:
-    """Open a safe cell in `shown`, cascading through cells without neighbouring mines; returns how many cells opened."""
+    """Open a safe cell in `shown`, cascading where no neighbour is a mine; returns how many cells opened."""
     if shown[cell] != "?":
         return 0
     shown[cell], opened, stack = numbers[cell], 1, [cell]
@@ -275,7 +275,7 @@ class MineSweeper(Env):
 
     name = "minesweeper"
     is_markov = True
-    warm_skill = 0.3
+    warm_skill = 0.15
     reply_format = "Think step by step, then give one cell as (row, col) inside <action> </action>."
 
     def __init__(self, size: int = 6, mines: int = 3, turns: int = 7, original: bool = False):
@@ -305,7 +305,7 @@ class MineSweeper(Env):
         self.turns += 1
         reward, done = self.click(*action)
         truncated = not done and self.turns >= self.turn_limit
-        return self.text(), reward, done, truncated, {"won": self.won}
+        return self.text(), reward, done, truncated, {"won": reward == 10}
 
     def click(self, row: int, col: int) -> tuple[float, bool]:
         """Open one cell; returns (reward, done)."""
@@ -332,12 +332,12 @@ class MineSweeper(Env):
             return ""
         n = self.size
         return (
-            f"You are playing MineSweeper on a board of {n} rows and {n} columns that hides {self.mines} mines. Rows and "
-            f"columns are numbered from 1 to {n}.\nCells: ? is unopened; . is open with no mine around it; a number 1-8 is open "
-            "and counts the mines among its eight neighbours; * is a mine that was hit.\nGoal: open every cell that "
-            "is not a mine. Opening a mine loses the episode. Opening a cell without neighbouring mines opens its "
-            f"neighbours too, and theirs, as far as such cells reach. You have {self.turn_limit} turns, and a turn opens one cell. "
-            "The mines are in the same places in every episode."
+            f"You are playing MineSweeper on a board of {n} rows and {n} columns that hides {self.mines} mines. Rows "
+            f"and columns are numbered from 1 to {n}.\nCells: ? is unopened; . is open with no mine around it; a number "
+            "1-8 is open and counts the mines among its eight neighbours; * is a mine that was hit.\nGoal: open every cell "
+            "that is not a mine. Opening a mine loses the episode. Opening a cell without neighbouring mines opens its "
+            "neighbours too, and theirs, as far as such cells reach. "
+            f"You have {self.turn_limit} turns of one cell each. The mines are in the same places in every episode."
         )
 
     def parse(self, reply: str) -> tuple[tuple[int, int], bool]:
@@ -364,7 +364,7 @@ class MineSweeper(Env):
         return f"<remark>\n{self.text()}\n</remark>"
 
 
-# -------------------------------------------------------------------------------------------------------------- Sokoban
+# --------------------------------------------------------------------------------------------- Sokoban
 
 MOVES = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}  # in the order every search here tries them
 ROOM_MASKS = [  # the five brushes of the room painter, as (row, col) offsets from the current cell
@@ -393,7 +393,8 @@ class Level:
 
     def solve(self) -> dict[int, int]:
         free = set(self.floor)
-        back = {}  # player cell -> (change of player, bit of the cell stepped from, bit of a box ahead, bits a pull flips)
+        # player cell -> (change of player, bit of the cell stepped from, bit of a box ahead, bits that a pull flips)
+        back = {}
         for p in self.floor:
             steps = [(p - d, p + d) for d in self.deltas if p - d in free]
             back[p] = [
@@ -557,8 +558,8 @@ def make_level(
         except RoomError:
             continue
     raise ValueError(
-        f"no {size}x{size} Sokoban level with {boxes} boxes and a solution of {min_solution} to {max_solution} moves found; "
-        "use fewer --boxes, a larger --size or a wider range of --min_solution and --max_solution"
+        f"no {size}x{size} Sokoban level with {boxes} boxes and a solution of {min_solution} to {max_solution} moves "
+        "found; use fewer --boxes, a larger --size or a wider range of --min_solution and --max_solution"
     )
 
 
@@ -630,6 +631,7 @@ class Sokoban(Env):
         """Play one move or "still"; returns (reward, done)."""
         level = self.level
         if name not in MOVES:
+            self.won = False
             return -0.1, False
         self.steps += 1
         self.played.append(name)
@@ -657,11 +659,11 @@ class Sokoban(Env):
         if style == "compact":
             return ""
         return (
-            "You are playing Sokoban. Symbols: # wall, _ floor, O target, X box, √ box on a target, P you, S you on a target. Rows "
-            "are numbered from the top.\nGoal: push every box onto a target. Moves: up, down, left, right. You push a box by "
-            "walking into it; the cell behind it must be free. You cannot pull, cannot push two boxes at once, and cannot "
-            "enter walls, so a box pushed into a corner that is no target is lost, and with it the episode.\n"
-            f"You have {self.turn_limit} turns of up to {self.moves_per_turn} moves. The room is the same in every episode."
+            "You are playing Sokoban. Symbols: # wall, _ floor, O target, X box, √ box on a target, P you, S you on a "
+            "target. Rows are numbered from the top.\nGoal: push every box onto a target. Moves: up, down, left, right. "
+            "You push a box by walking into it; the cell behind it must be free. You cannot pull, cannot push two boxes at "
+            "once, and cannot enter walls, so a box in a corner that is no target is lost, and with it the episode.\n"
+            f"You have {self.turn_limit} turns of up to {self.moves_per_turn} moves. The room is the same every time."
         )
 
     def parse(self, reply: str) -> tuple[list[str], bool]:
@@ -675,13 +677,16 @@ class Sokoban(Env):
             words = self.level.best_moves(self.player, self.boxes, self.moves_per_turn)
         else:
             words = [rng.choice(list(MOVES)) for _ in range(self.moves_per_turn)]
+            if not self.played and rng.random() < 0.7:  # a novice who reads does not start like a failed attempt
+                failed = {notes.split()[0] for notes in memory if notes.split()}
+                words[0] = rng.choice([word for word in MOVES if word not in failed] or list(MOVES))
         return f"<action>{', '.join(words or ['still'])}</action>"
 
     def scripted_reflection(self, rng: random.Random) -> str:
-        return f"<remark>{' '.join(self.played)}\n{self.text()}\n</remark>"
+        return f"<remark>{' '.join(self.played)}</remark>"
 
 
-# ------------------------------------------------------------------------------------------------------------- make_env
+# -------------------------------------------------------------------------------------------- make_env
 
 ENVS: dict[str, type[Env]] = {cls.name: cls for cls in (Lockbox, MineSweeper, Sokoban)}
 

@@ -7,11 +7,11 @@ only the context adapts.
 
 Read from the top; the data flows in this order:
 
-    run_trial              one trial as a generator: yields prompts, receives replies, ends as a Trial of Turns   (sec. 3.1)
+    run_trial              one trial as a generator: yields prompts, receives replies, ends as a Trial     (sec. 3.1)
     SlotSampler.run        plays hundreds of trials at once with one model; nobody waits for the slowest
-    compute_returns        G_t(n) = g_t(n) + sum_{m>n} gamma_traj^(m-n) g_0(m)                                    (sec. 3.2)
-    compute_advantages     G minus what the same task's other trials got at the same point                        (sec. 3.3)
-    update                 clipped policy gradient on every reply token, reflections included                     (sec. 3.3)
+    compute_returns        G_t(n) = g_t(n) + sum_{m>n} gamma_traj^(m-n) g_0(m)                             (sec. 3.2)
+    compute_advantages     G minus what the same task's other trials got at the same point                 (sec. 3.3)
+    update                 clipped policy gradient on every reply token, reflections included              (sec. 3.3)
 
 A Turn is one model call and the unit of training. Each stage fills its own fields and overwrites none. Environments
 are known only by the interface in envs.py.
@@ -21,6 +21,7 @@ import math
 from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,7 +34,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from envs import Env, between
 
-# ------------------------------------------------------------------------------------------------------------ the trial
+# ------------------------------------------------------------------------------------------- the trial
 
 
 @dataclass
@@ -55,6 +56,13 @@ class Turn:
     advantage: float = 0.0  # set by compute_advantages
 
 
+class Episode(NamedTuple):
+    """What memory keeps of a failed episode."""
+
+    records: list[tuple[str, str, bool]]  # (action, observation after it, done) of every turn
+    reflection: str
+
+
 @dataclass
 class Trial:
     """Up to N episodes of one task by one agent."""
@@ -62,7 +70,7 @@ class Trial:
     seed: int  # the task
     episodes: int  # N, as planned; a trial ends earlier at the first success
     turns: list[Turn] = field(default_factory=list)
-    reflections: list[str] = field(default_factory=list)  # one per failed episode that was reflected on
+    past: list["Episode"] = field(default_factory=list)  # what later episodes can see of each failed one
     won_in: int | None = None  # the episode that solved the task
     num_shortened: int = 0  # prompts that had to be shortened
 
@@ -117,57 +125,52 @@ def run_trial(
     memory: str = "reflection",
     style: str = "full",
     max_prompt: int = 2048,
-    borrowed: Sequence[str] | None = None,
+    borrowed: Sequence[Episode] | None = None,
 ) -> Generator[Prompt, Reply, Trial]:
     """Play one trial (paper, section 3.1): yields a Prompt, receives a Reply, returns the Trial.
 
-    `memory` says what the next episodes see of a failed one; with "none" the episodes are independent attempts.
-    `borrowed` replaces the trial's own reflections by those of another task, the control that shows whether memory is
-    used.
+    `memory` says what later episodes see of a failed one; with "none" the episodes are independent attempts.
+    `borrowed` is what they see instead, from a trial of another task: the control that shows whether memory is used.
     """
     trial = Trial(seed, episodes)
-    past: list[tuple[list[tuple[str, str, bool]], str]] = []  # (records, reflection) of every failed episode
 
     def fit(write: Callable[[int, int], str]) -> list[int]:
         """Encode a prompt; over the limit, first the oldest history goes, then the oldest memory, then the middle."""
-        ids = chat.encode(write(HISTORY_LENGTH, 0))
-        if len(ids) <= max_prompt:
-            return ids
-        trial.num_shortened += 1
-        for keep, forget in [(k, 0) for k in range(HISTORY_LENGTH - 1, 0, -1)] + [(1, f + 1) for f in range(len(past))]:
+        cuts = [(keep, 0) for keep in range(HISTORY_LENGTH, 0, -1)] + [(1, n + 1) for n in range(len(trial.past))]
+        for keep, forget in cuts:
             ids = chat.encode(write(keep, forget))
             if len(ids) <= max_prompt:
                 return ids
+            trial.num_shortened += keep == HISTORY_LENGTH
         return ids[: max_prompt // 2] + ids[len(ids) - (max_prompt - max_prompt // 2) :]
 
     for episode in range(episodes):
         initial, _ = env.reset(seed)
         observation, records, done = initial, [], False
+        seen = trial.past if borrowed is None else borrowed[:episode]
         while not done:
-            anchor = env.anchor()
-            shown = past if memory != "none" else []
-            prompt_ids = fit(lambda k, f: play_prompt(env, style, memory, initial, shown[f:], episode, records, k))  # noqa: B023
-            reply = yield Prompt("play", prompt_ids)
+            before, anchor = observation, env.anchor()
+            write = partial(play_prompt, env, style, memory, initial, seen, episode, records)
+            ids = fit(write)
+            reply = yield Prompt("play", ids)
             action, is_valid = env.parse(reply.text)
-            before = observation
             observation, reward, terminated, truncated, info = env.step(action)
             done = terminated or truncated or len(records) + 1 >= env.turn_limit
             records.append((str(action), observation, done))
             anchor = before if anchor is None else anchor
-            trial.turns.append(Turn(episode, "play", prompt_ids, *reply, before, float(reward), is_valid, anchor))
+            trial.turns.append(Turn(episode, "play", ids, *reply, before, float(reward), is_valid, anchor))
         if info.get("won", terminated and reward > 0):
             trial.won_in = episode
             break
-        if episode + 1 == episodes or memory == "none":
-            continue
+        if episode + 1 == episodes:
+            break
         reflection = ""
         if memory in ("reflection", "both"):
-            prompt_ids = fit(lambda k, _: reflection_prompt(env, style, initial, episode, records, k))  # noqa: B023
-            reply = yield Prompt("reflect", prompt_ids)
+            ids = fit(partial(reflection_prompt, env, style, initial, episode, records))
+            reply = yield Prompt("reflect", ids)
             reflection, is_valid = parse_reflection(reply.text)
-            trial.turns.append(Turn(episode, "reflect", prompt_ids, *reply, observation, 0.0, is_valid, "reflection"))
-            trial.reflections.append(reflection)
-        past.append((records, reflection if borrowed is None else borrowed[len(past)]))
+            trial.turns.append(Turn(episode, "reflect", ids, *reply, observation, 0.0, is_valid, "reflection"))
+        trial.past.append(Episode(records, reflection))
     return trial
 
 
@@ -177,7 +180,7 @@ def parse_reflection(reply: str) -> tuple[str, bool]:
     return (text or "").strip()[:2000], text is not None
 
 
-# ---------------------------------------------------------------------------------------------------------- the prompts
+# ----------------------------------------------------------------------------------------- the prompts
 
 HISTORY_LENGTH = 7  # records of an episode that a prompt shows (official scripts)
 
@@ -203,39 +206,38 @@ def play_prompt(
     style: str,
     memory: str,
     initial: str,
-    past: Sequence[tuple[list[tuple[str, str, bool]], str]],
+    past: Sequence[Episode],
     episode: int,
     records: Sequence[tuple[str, str, bool]],
     length: int = HISTORY_LENGTH,
+    forget: int = 0,
 ) -> str:
     """The prompt of one play turn: what is fixed first, what changes last, since the sampler re-uses common prefixes.
 
     "compact" has the same sections in the same order for the tiny policy, in a form a small model can learn within
-    minutes: a reflection that redraws a board stands at a constant distance from the present board.
+    minutes: a reflection that redraws a board stands at a constant distance from the present board. `forget` leaves
+    out the oldest episodes.
     """
     blocks = []
-    for number, (old_records, reflection) in enumerate(past, start=1):
-        history = format_history(old_records, 2, length) if memory in ("history", "both") else ""
-        note = reflection if memory in ("reflection", "both") else ""
+    for number, old in enumerate(past[forget:] if memory != "none" else [], start=forget + 1):
+        history = format_history(old.records, 2, length) if memory in ("history", "both") else ""
+        note = old.reflection if memory in ("reflection", "both") else ""
         if style == "compact":
-            blocks.append("\n".join(["memory", *filter(None, [history, note])]))
+            blocks += ["memory", history, note]
         else:
-            blocks.append(f"Episode {number} did not solve the task.")
+            blocks += [f"Episode {number} did not solve the task."]
             blocks += [f"What happened in it:\n{history}"] * bool(history)
             blocks += [f"What you noted for the next episodes:\n{note}"] * bool(note)
-    admissible = env.actions()
-    options = ["You can choose from: " + ", ".join(admissible)] if admissible else []
+    options = ["You can choose from: " + ", ".join(admissible)] if (admissible := env.actions()) else []
     if style == "compact":
         now = records[-1][1] if records else initial
         if not env.is_markov and records:
             now = f"{initial}\n{format_history(records, 2, length)}"
-        return "\n".join([*filter(None, [env.rules("compact")]), *blocks, "now", now, *options, "act"])
-    sections = [env.rules("full"), f"The task at the start:\n{initial}", *blocks]
-    if episode and past:
-        sections.append(f"This is episode {episode + 1}, again from the start.")
-    if records:
-        sections.append(f"What you did so far in this episode:\n{format_history(records, 2, length)}")
-    return "\n\n".join(filter(None, [*sections, *options, env.reply_format]))
+        return "\n".join(filter(None, [env.rules("compact"), *blocks, "now", now, *options, "act"]))
+    blocks += [f"This is episode {episode + 1}, again from the start."] * bool(blocks)
+    blocks += [f"What you did so far in this episode:\n{format_history(records, 2, length)}"] * bool(records)
+    sections = [env.rules("full"), f"The task at the start:\n{initial}", *blocks, *options, env.reply_format]
+    return "\n\n".join(filter(None, sections))
 
 
 def reflection_prompt(
@@ -245,20 +247,19 @@ def reflection_prompt(
     episode: int,
     records: Sequence[tuple[str, str, bool]],
     length: int = HISTORY_LENGTH,
+    forget: int = 0,
 ) -> str:
-    """The prompt that asks for a reflection on the episode just failed; earlier reflections are not shown (facts 3)."""
+    """The prompt that asks for a reflection on the episode just failed; earlier reflections are not shown."""
     if style == "compact":
         last = records[-1][1] if env.is_markov else f"{initial}\n{format_history(records, 2, length)}"
-        return "\n".join([*filter(None, [env.rules("compact")]), "now", last, "reflect"])
+        return "\n".join(filter(None, [env.rules("compact"), "now", last, "reflect"]))
     sections = [
         env.rules("full"),
         f"The task at the start:\n{initial}",
-        f"Below is episode {episode + 1} of your attempts. Study it, find what went wrong, and plan how to do better from the "
-        "same start.",
+        f"Below is episode {episode + 1} of your attempts at this task. It did not solve it.",
         format_history(records, HISTORY_LENGTH, length),
-        "The episode ended without solving the task.",
-        "Think about your mistakes and about what you found out. Then write what your next episode should know and "
-        "do, briefly, inside <remark> </remark>.",
+        "Study it: what went wrong, and what did you find out? Then write what the next episode, from the same start, "
+        + "should know and do, briefly, inside <remark> </remark>.",
     ]
     return "\n\n".join(filter(None, sections))
 
@@ -300,7 +301,7 @@ class Chat:
         return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
-# --------------------------------------------------------------------------------------------------------- the samplers
+# ---------------------------------------------------------------------------------------- the samplers
 
 
 def uniforms(*key: int | np.ndarray) -> np.ndarray:
@@ -445,7 +446,7 @@ class SlotSampler:
 
     @torch.no_grad()
     def run(self, trials: Sequence[Generator], ids: Sequence[int], sampling: Sampling) -> list[Trial]:
-        """Play all trials to their end. `ids` number them for the random draws; the order of results is that of trials."""
+        """Play all trials to their end; results in the order of trials. `ids` number them for the random draws."""
         assert not self.model.training, "sampling needs model.eval()"
         waiting, finished = deque(range(len(trials))), [None] * len(trials)
         slots = [Slot() for _ in range(min(self.num_slots, len(trials)))]
@@ -468,9 +469,9 @@ class SlotSampler:
             for row, (slot, token, logp) in enumerate(zip(slots, tokens.tolist(), logps.tolist(), strict=True)):
                 slot.reply.append(token)
                 slot.logps.append(logp)
-                if token in self.chat.stop_ids or len(slot.reply) >= self.max_reply:
-                    if not self.next_prompt(slot, trials, waiting, finished):
-                        ended.append(row)
+                is_done = token in self.chat.stop_ids or len(slot.reply) >= self.max_reply
+                if is_done and not self.next_prompt(slot, trials, waiting, finished):
+                    ended.append(row)
             for row in reversed(ended):  # keep live slots at the head of the cache, so that decoding reads it in place
                 last = slots.pop()
                 if row < len(slots):
@@ -553,14 +554,14 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def pad(rows: Sequence[Sequence[int]], left: bool = False) -> Tensor:
-    """Pad to a rectangle with id 0; what is padding is told by length, never by id. [[5, 6], [7]] -> [[5, 6], [7, 0]]"""
+    """Pad to a rectangle with id 0; padding is told by length, never by id. [[5, 6], [7]] -> [[5, 6], [7, 0]]"""
     width = max(len(row) for row in rows)
     fill = [[0] * (width - len(row)) for row in rows]
     return torch.tensor([[*f, *row] if left else [*row, *f] for row, f in zip(rows, fill, strict=True)])
 
 
 class GenerateSampler:
-    """The plain reference: `model.generate`, all trials in lock-step over turns. Draws the same tokens as SlotSampler."""
+    """The plain reference: `model.generate`, trials in lock-step over turns. Draws the same tokens as SlotSampler."""
 
     def __init__(self, model: Any, chat: Chat, slots: int, max_prompt: int, max_reply: int):
         self.model, self.chat, self.num_slots, self.max_reply = model, chat, slots, max_reply
@@ -626,7 +627,7 @@ class DrawTokens(LogitsProcessor):
         return torch.full_like(scores, -math.inf).scatter(-1, tokens[:, None], 0.0)
 
 
-# -------------------------------------------------------------------------------------------- returns and advantages
+# ------------------------------------------------------------------------------ returns and advantages
 
 
 def discounted(rewards: Sequence[float], gamma_step: float, tail: float = 0.0) -> list[float]:
@@ -665,7 +666,7 @@ def cross_episode_returns(
 def compute_returns(
     trials: Iterable[Trial], credit: str, gamma_step: float, gamma_traj: float, invalid_penalty: float = 0.5
 ) -> None:
-    """Set `ret` of every turn: cross-episode returns; a reflection gets G_0 of the episode it prepares, undiscounted."""
+    """Set `ret` of every turn: the cross-episode return; a reflection gets G_0 of the episode it prepares."""
     for trial in trials:
         returns = cross_episode_returns(trial.rewards(), credit, gamma_step, gamma_traj)
         position = defaultdict(int)
@@ -723,7 +724,7 @@ def compute_advantages(
                         turn.advantage += value
 
 
-# ----------------------------------------------------------------------------------------------------------- the update
+# ------------------------------------------------------------------------------------------ the update
 
 
 def reply_logps(
@@ -734,7 +735,7 @@ def reply_logps(
     need_entropy_grad: bool = False,
     chunk: int = 4096,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of every reply token of the turns, one after the other, and the entropy where it was drawn: (T,), (T,).
+    """Log-probabilities of all reply tokens of the turns in order, and the entropies they were drawn from: (T,), (T,).
 
     Sequences are padded on the right, so causal attention needs no mask. Only hidden states that predict reply tokens
     reach the output layer, in chunks that are recomputed in the backward pass: logits of the whole batch never exist.

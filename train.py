@@ -30,6 +30,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args
@@ -46,7 +47,7 @@ import lamer
 from envs import Env, derive_seed, make_env
 from lamer import Chat, Reply, Sampling, Trial, Turn, all_reduce_sum
 
-# ---------------------------------------------------------------------------------------------------------- the options
+# ----------------------------------------------------------------------------------------- the options
 
 
 @dataclass
@@ -127,10 +128,20 @@ DEFAULTS = dict(
 )
 ENV_DEFAULTS = {"lockbox": dict(episodes=2), "sokoban": dict(gamma_traj=0.9)}
 TINY_DEFAULTS = dict(
-    steps=100, style="compact", lr=3e-4, minibatch=256, max_prompt=192, max_reply=64, tiny_hidden=128, tiny_layers=4, warm_steps=600
-)  # fmt: skip
+    steps=100,
+    style="compact",
+    lr=3e-4,
+    minibatch=256,
+    max_prompt=192,
+    max_reply=64,
+    tiny_hidden=128,
+    tiny_layers=4,
+    warm_steps=600,
+)
 TINY_ENV_DEFAULTS = {
-    "lockbox": dict(steps=60, lr=1e-3, max_prompt=48, max_reply=16, tiny_hidden=64, tiny_layers=2, warm_steps=1000),
+    "lockbox": dict(steps=60, lr=1e-3, max_prompt=48, max_reply=16, tiny_hidden=64, tiny_layers=2, warm_steps=400),
+    "minesweeper": dict(size=4, mines=2, turns=9),
+    "sokoban": dict(boxes=1, warm_steps=800),
 }
 
 
@@ -143,8 +154,9 @@ def resolve(config: Config) -> Config:
     is_small = config.model == "tiny" or saved.get("style") == "compact"
     tables = [DEFAULTS, ENV_DEFAULTS.get(config.env, {})]
     tables += [TINY_DEFAULTS, TINY_ENV_DEFAULTS.get(config.env, {})] if is_small else []
+    is_own_task = any(getattr(config, name) is not None for name in ENV_OPTIONS)
     for name, value in {k: v for table in tables for k, v in table.items()}.items():
-        if getattr(config, name) is None:
+        if getattr(config, name) is None and not (is_own_task and name in ENV_OPTIONS):
             setattr(config, name, value)
     if config.episodes == 1:
         config.memory = "none"
@@ -189,7 +201,7 @@ def env_of(config: Config) -> Env:
     return make_env(config.env, **{k: getattr(config, k) for k in ENV_OPTIONS if getattr(config, k) is not None})
 
 
-# -------------------------------------------------------------------------------------------- the policy, tiny or not
+# ----------------------------------------------------------------------------- the policy, tiny or not
 
 
 def saved_config(folder: str | None) -> dict[str, Any]:
@@ -213,8 +225,8 @@ def load_policy(name: str, dtype: str, device: str) -> tuple[Any, Chat]:
     return model, Chat(tokenizer, stop_ids if isinstance(stop_ids, list) else [stop_ids])
 
 
-# Pieces of text that become one token each: tags, row labels, (row and col), words, single signs.
-PIECES = re.compile(r"</?\w+>|\n?(?:[A-Z]\w* )?\d+:|\(\w+,| ?\w+\)|\n?\w+| ?\w+| ?[^\w\s]|\s")
+# Pieces of text that become one token each: tags, (row, col), row labels, words, single signs.
+PIECES = re.compile(r"</?\w+>|\(\d+, \d+\)|\n?(?:[A-Z]\w* )?\d+:|\n?\w+,?| ?\w+,?| ?[^\w\s]|\s")
 
 
 class Recorder:
@@ -277,6 +289,7 @@ def tiny_shape(config: Config, vocab_size: int, eos_token_id: int) -> Qwen3Confi
         num_key_value_heads=4,
         head_dim=config.tiny_hidden // 4,
         rope_parameters={"rope_type": "default", "rope_theta": 1000.0},  # wavelengths of 6 to some thousand tokens
+        attention_bias=True,  # lets a head look a fixed distance back, whatever stands there
         initializer_range=0.05,
         tie_word_embeddings=True,
         eos_token_id=eos_token_id,
@@ -346,11 +359,11 @@ def imitate(model: Any, turns: Sequence[Turn], microbatch_tokens: int) -> float:
     return total
 
 
-# ----------------------------------------------------------------------------------------------- checkpoints and resume
+# ------------------------------------------------------------------------------ checkpoints and resume
 
 
 def save_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Write a folder under another name and rename it when complete; whatever fails leaves earlier ones as they were."""
+    """Write a folder under another name and rename it when complete; a failure leaves earlier ones as they were."""
     draft = folder.with_name(f"{folder.name}.unfinished")
     try:
         shutil.rmtree(draft, ignore_errors=True)
@@ -397,7 +410,7 @@ def trim_log(path: Path, steps: int) -> None:
     path.write_text("".join(f"{line}\n" for line in kept))
 
 
-# ----------------------------------------------------------------------------------------------- rollout and evaluation
+# ------------------------------------------------------------------------------ rollout and evaluation
 
 
 def make_sampler(config: Config, model: Any, chat: Chat) -> lamer.SlotSampler | lamer.GenerateSampler:
@@ -408,7 +421,7 @@ def make_sampler(config: Config, model: Any, chat: Chat) -> lamer.SlotSampler | 
 def rollout(
     config: Config, sampler: Any, seeds: Sequence[int], ids: Sequence[int], sampling: Sampling, **options: Any
 ) -> list[Trial]:
-    """Play one trial for each seed; `ids` number the trials for the random draws. Options override those of run_trial."""
+    """Play one trial for each seed; `ids` number them for the random draws. Options override those of run_trial."""
     play = (
         dict(episodes=config.episodes, memory=config.memory, style=config.style, max_prompt=config.max_prompt) | options
     )
@@ -424,7 +437,7 @@ EVAL_SEED = 2**31  # evaluation tasks have seeds from here on, training tasks be
 
 
 def summarize(trials: Sequence[Trial], episodes: int, device: str = "cpu") -> dict[str, Any]:
-    """Means over the trials of all processes: success after 1..episodes episodes, return G_0(0), share of valid replies."""
+    """Means over the trials of all processes: success after 1..N episodes, return G_0(0), share of valid replies."""
     turns = [turn for trial in trials for turn in trial.turns]
     won = [sum(trial.success_after(k + 1) for trial in trials) for k in range(episodes)]
     sums = [len(trials), len(turns), sum(t.turns[0].ret for t in trials), sum(t.is_valid for t in turns), *won]
@@ -442,7 +455,7 @@ def evaluate(config: Config, sampler: Any, step: int, rank: int, world: int) -> 
     return {"step": step, **summarize(trials, episodes, config.device)}, trials
 
 
-# -------------------------------------------------------------------------------------------------------------- the run
+# --------------------------------------------------------------------------------------------- the run
 
 
 def prepare(argv: Sequence[str]) -> tuple[Config, int]:
@@ -575,8 +588,8 @@ def main(argv: Sequence[str]) -> None:
         num_tokens = sum(len(turn.reply_ids) for trial in trials for turn in trial.turns)
         num_shortened = sum(trial.num_shortened for trial in trials)
         num_turns, num_tokens, num_shortened = all_reduce_sum([num_turns, num_tokens, num_shortened], config.device)
-        phases = zip(("rollout", "credit", "update"), clock, clock[1:])
-        row |= {"seconds": {name: round(end - begin, 3) for name, begin, end in phases}}
+        spent = [round(end - begin, 3) for begin, end in pairwise(clock)]
+        row |= {"seconds": dict(zip(("rollout", "credit", "update"), spent, strict=True))}
         row |= {"tokens_per_second": round(num_tokens / (clock[1] - clock[0])), "peak_gb": peak_gb(config.device)}
         row |= {"turns": int(num_turns), "reply_tokens": int(num_tokens), "shortened": int(num_shortened)}
         log("metrics.jsonl", row)

@@ -1,0 +1,182 @@
+"""Evaluate a policy: success after 1..N episodes of a trial, on fixed tasks disjoint from training, with 95% intervals.
+
+    python eval.py --model runs/minesweeper-1                        the newest checkpoint, set up as it was trained
+    python eval.py --model runs/minesweeper-1 --memory none          independent attempts, the RL way
+    python eval.py --model runs/minesweeper-1 --memory swapped       every task gets the memory of another one
+    python eval.py --model runs/minesweeper-1 --mines 4 --show 3     a harder task; print three whole trials
+    python eval.py --model Qwen/Qwen3-4B --env sokoban --json f.json any model of the hub, untrained
+
+Memory "swapped" is the control for the claim that memory is used: an agent that merely gets better at playing, or that
+only profits from more attempts, does not mind; one that reads its reflections does. The last row of the table is
+the environment's scripted player at full skill: the most that can be won within the turn limit.
+"""
+
+import json
+import math
+import random
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging as transformers_logging
+
+import lamer
+import train
+from lamer import Episode, Sampling, Trial
+from train import ENV_OPTIONS, EVAL_SEED, Config
+
+
+@dataclass
+class EvalConfig:
+    """All options; the flags are built from it. None takes what the policy was trained with."""
+
+    model: str | None = None  # a run folder (its newest checkpoint), a checkpoint folder, or a hub name
+    env: str | None = None  # needed for a model that was not trained here
+    memory: str | None = None  # none, history, reflection, both; or swapped
+    episodes: int | None = None  # attempts per task; 3 for a policy trained by RL on single episodes
+    num_tasks: int = 256  # fixed tasks
+    temperature: float | None = None  # 1 for the tiny policy, 0.7 for others (paper); 0 takes the likeliest token
+    top_p: float | None = None  # 1 for the tiny policy, 0.8 for others (paper)
+    top_k: int | None = None  # 0 (off) for the tiny policy, 20 for others (paper)
+    seed: int = 0  # of the sampling; the tasks stay the same
+    json: str | None = None  # write the result to this file
+    show: int = 0  # print this many trials
+    sampler: str | None = None  # slots or generate
+    slots: int | None = None  # trials decoded at once
+    max_prompt: int | None = None  # tokens
+    max_reply: int | None = None  # tokens
+    device: str | None = None  # cpu or cuda
+    dtype: str | None = None  # float32 or bfloat16
+    size: int | None = None  # environment options, as in train.py
+    mines: int | None = None
+    turns: int | None = None
+    boxes: int | None = None
+    min_solution: int | None = None
+    max_solution: int | None = None
+    codes: int | None = None
+
+
+def wilson(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
+    """95% interval of a share (Wilson's score interval), which stays inside [0, 1]. wilson(0, 10) is (0.0, 0.278)."""
+    share, spread = successes / trials, z * z / trials
+    center = (share + spread / 2) / (1 + spread)
+    half = z * math.sqrt(share * (1 - share) / trials + spread / trials / 4) / (1 + spread)
+    return max(0.0, center - half), min(1.0, center + half)
+
+
+def donors(trials: Sequence[Trial], episodes: int) -> list[list[Episode]]:
+    """For every trial the memory of another task that failed in all episodes but the last, or in all."""
+    full = [trial for trial in trials if len(trial.past) == episodes - 1]
+    if len({trial.seed for trial in full}) < 2:
+        raise ValueError(f"--memory swapped needs two tasks that fail {episodes - 1} times; use more --num_tasks")
+    chosen = []
+    for i, trial in enumerate(trials):
+        others = [other for other in (full[i % len(full) :] + full[: i % len(full)])[:2] if other.seed != trial.seed]
+        chosen.append(others[0].past)
+    return chosen
+
+
+def play(config: Config, sampler: Any, seeds: Sequence[int], sampling: Sampling, swapped: bool) -> list[Trial]:
+    """One trial of every task; with `swapped` a second one that sees the memory of another task's first one."""
+    ids = range(len(seeds))
+    trials = train.rollout(config, sampler, seeds, ids, sampling)
+    if swapped:
+        trials = train.rollout(config, sampler, seeds, ids, sampling, borrowed=donors(trials, config.episodes))
+    return trials
+
+
+def play_scripted(config: Config, seeds: Sequence[int]) -> list[Trial] | None:
+    """The scripted player at full skill on the same tasks; None if the environment has none."""
+    try:
+        options = dict(episodes=config.episodes, chat=train.Recorder(), skill=1.0, rng=random.Random(0))
+        return [train.scripted_trial(train.env_of(config), seed, memory="none", **options) for seed in seeds]
+    except NotImplementedError:
+        return None
+
+
+def result(config: Config, trials: Sequence[Trial]) -> dict[str, Any]:
+    """What the trials show, as plain numbers."""
+    lamer.compute_returns(trials, config.credit, config.gamma_step, config.gamma_traj, config.invalid_penalty)
+    won = [sum(trial.success_after(k + 1) for trial in trials) for k in range(config.episodes)]
+    env = train.env_of(config)
+    first = Counter(str(env.parse(trial.turns[0].reply)[0]) for trial in trials)
+    return {
+        **train.summarize(trials, config.episodes),
+        "ci95": [wilson(successes, len(trials)) for successes in won],
+        "num_tasks": len(trials),
+        "episodes": config.episodes,
+        "first_episode_reward": sum(sum(trial.rewards()[0]) for trial in trials) / len(trials),
+        "first_actions": dict(first.most_common()),
+    }
+
+
+def table_row(name: str, row: dict[str, Any]) -> str:
+    """One line of the table for people."""
+    cells = [f"{s:6.1%} [{low:4.0%},{high:5.0%}]" for s, (low, high) in zip(row["success"], row["ci95"], strict=True)]
+    return f"{name:28s}" + "".join(f"{cell:>22s}" for cell in cells) + f"{row['return']:9.2f}{row['valid']:8.0%}"
+
+
+def prepare(argv: Sequence[str]) -> tuple[EvalConfig, Config, str]:
+    """The flags, the options of the policy's run as these flags change them, and the folder or name to load."""
+    given = EvalConfig(**train.parse_flags(EvalConfig, argv, __doc__))
+    if given.model is None:
+        raise ValueError("--model is needed: a run folder, a checkpoint folder, or a hub name")
+    done = train.checkpoints(given.model)
+    source = str(done[max(done)]) if done else given.model
+    saved = train.saved_config(source)
+    if not saved and given.env is None:
+        raise ValueError(f"{given.model} was not trained here, so --env is needed")
+    if saved and given.env not in (None, saved["env"]):
+        saved = {k: v for k, v in saved.items() if k not in (*ENV_OPTIONS, "episodes", "max_prompt", "max_reply")}
+    changes = {f.name: value for f in fields(Config) if (value := getattr(given, f.name, None)) is not None}
+    changes |= {"model": source, "seed": given.seed, "temperature": 1.0, "device": given.device}
+    if saved.get("episodes") == 1:  # RL on single episodes: independent attempts
+        changes = {"episodes": 3, "memory": "none"} | changes
+    if given.memory == "swapped":
+        changes["memory"] = saved.get("memory", "reflection")
+        if changes["memory"] == "none":
+            raise ValueError("--memory swapped: this policy was trained without memory, so there is none to swap")
+    return given, train.resolve(Config(**{**saved, **changes})), source
+
+
+def main(argv: Sequence[str]) -> None:
+    try:
+        given, config, source = prepare(argv)
+        train.env_of(config).reset(EVAL_SEED)
+        model, chat = train.load_policy(source, config.dtype, config.device)
+        sampler = train.make_sampler(config, model, chat)
+        paper = dict(temperature=0.7, top_p=0.8, top_k=20)
+        own = dict(temperature=1.0, top_p=1.0, top_k=0) if config.style == "compact" else paper
+        own |= {name: value for name in own if (value := getattr(given, name)) is not None}
+        sampling = Sampling(seed=given.seed, step=2**33, **own)
+        seeds = [EVAL_SEED + i for i in range(given.num_tasks)]
+        trials = play(config, sampler, seeds, sampling, given.memory == "swapped")
+    except ValueError as error:
+        sys.exit(f"eval.py: {error}")
+
+    memory = given.memory if given.memory == "swapped" else config.memory
+    row = {"env": config.env, "model": source, "memory": memory, "seed": given.seed, **own, **result(config, trials)}
+    row["environment"] = {k: getattr(config, k) for k in ENV_OPTIONS if getattr(config, k) is not None}
+    head = "".join(f"{f'after {k + 1}':>22s}" for k in range(config.episodes))
+    print(f"{config.env}, {len(seeds)} tasks, temperature {own['temperature']:g}, success with 95% interval\n")
+    print(f"{'':28s}{head}   return   valid")
+    print(table_row(f"{Path(source).name}, memory {memory}", row))
+    if scripted := play_scripted(config, seeds):
+        row["scripted"] = result(config, scripted)
+        print(table_row("scripted player, full skill", row["scripted"]))
+    for trial in trials[: given.show]:
+        print(f"\n{trial}")
+    if given.json:
+        Path(given.json).write_text(json.dumps(row, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        main(sys.argv[1:])
+    except KeyboardInterrupt:
+        sys.exit("eval.py: stopped")

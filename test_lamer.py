@@ -1,0 +1,860 @@
+"""Tests: hand-computed maths, recorded cases, equalities between two ways to the same result, and the real commands.
+
+    pytest                     the quick ones, under three minutes on two cores
+    pytest -m "slow or not slow"
+
+Recorded cases of the original code are read from $LAMER_GOLDEN (default ../shared/golden); an absent file is skipped by
+name, or fails with LAMER_REQUIRE_GOLDEN=1.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import eval as evaluation
+import lamer
+import train
+from envs import ENVS, MOVES, Env, Level, MineSweeper, Sokoban, deal_board, derive_seed, lockbox_values, make_env
+from lamer import Reply, Sampling, Trial, Turn
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """Warm-started policies are made once per test run, in a folder of its own."""
+    os.environ["LAMER_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+def tiny_config(env="minesweeper", **options):
+    """A small policy that is made within seconds; it knows the format and little else."""
+    options = dict(env=env, model="tiny", device="cpu", tiny_hidden=32, tiny_layers=2, warm_steps=30) | options
+    return train.resolve(train.Config(**options))
+
+
+@pytest.fixture(scope="session")
+def policy(cache):
+    """(config, model, chat) of a barely warm MineSweeper policy."""
+    config = tiny_config()
+    return config, *train.load_policy(str(train.warm_policy(config)), "float32", "cpu")
+
+
+def golden(name):
+    path = Path(os.environ.get("LAMER_GOLDEN", HERE.parent / "shared" / "golden"), f"{name}.json")
+    if not path.exists():
+        missing = pytest.fail if os.environ.get("LAMER_REQUIRE_GOLDEN") == "1" else pytest.skip
+        missing(f"no recorded cases at {path}")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+# -------------------------------------------------------------------------------------- recorded cases
+
+
+def level_from_text(text):
+    """A Level from its drawing, for recorded plays."""
+    rows = [line.split(": ")[1].split(" ") for line in text.splitlines()]
+    cells = [cell for row in rows for cell in row]
+    where = {symbols: [i for i, cell in enumerate(cells) if cell in symbols] for symbols in ("OS√", "X√", "PS")}
+    floor = [i for i, cell in enumerate(cells) if cell != "#"]
+    return Level(len(rows), floor, where["OS√"], where["X√"], where["PS"][0])
+
+
+def test_golden_sokoban():
+    cases = golden("sokoban")
+    words = ["still", *MOVES]
+    for case in cases.get("levels", []):
+        least, most = case["options"]["min_steps"], case["options"]["max_sol_steps"]
+        options = dict(size=case["dim"], boxes=case["boxes"], min_solution=least, max_solution=most)
+        env = Sokoban(**options, original=True)
+        assert env.reset(case["final_seed"])[0] == case["text"], case["id"]
+        solution = env.level.best_moves(env.player, env.boxes, 100)
+        assert [words.index(word) for word in solution] == case["solution"], case["id"]
+        if least <= case["optimal_length"] <= most and case["seed"] == case["final_seed"]:
+            assert Sokoban(**options).reset(case["seed"])[0] == case["text"], "the default differs where it need not"
+    for case in cases.get("plays", []):
+        env = Sokoban(size=case["start"].count("\n") + 1, original=True)
+        env.start(level_from_text(case["start"]))
+        env.max_steps = case["max_steps"]
+        for step in case["steps"]:
+            player = env.player
+            reward, done = env.move(words[step["action"]])
+            seen = env.text(), round(reward, 6), done, env.won, env.player != player
+            assert seen == tuple(step[k] for k in ("text", "reward", "done", "won", "effective")), (case["level"], step)
+            if not env.won:
+                assert env.is_solvable() != step["unsolvable"], (case["level"], step)
+    for case in cases.get("turns", []):
+        env = Sokoban(size=case["start"].count("\n") + 1, original=True)
+        env.start(level_from_text(case["start"]))
+        env.max_steps = case["max_steps"]
+        for turn in case["turns"]:
+            if "restart" in turn or "actions" not in turn:
+                env.start(env.level)
+                assert env.text() == turn.get("text", env.text())
+                continue
+            text, reward, done, _, info = env.step([words[a] for a in turn["actions"]])
+            assert (text, reward, done, info["won"]) == tuple(turn[k] for k in ("text", "reward", "done", "won"))
+
+
+def test_golden_minesweeper():
+    cases = golden("minesweeper")
+
+    def check_deal(case, opener):
+        """Deal as recorded; returns the environment set up with that board and the generator left behind."""
+        numbers, shown, openings, left = deal_board(case["size"], case["n_mines"], case["seed"], opener, original=True)
+        n = case["size"]
+        rows = ["".join(numbers[r * n : (r + 1) * n]) for r in range(n)]
+        assert rows == case["true_board"]
+        assert [divmod(cell, n) for cell in openings] == [tuple(cell) for cell in case["openings"]]
+        env = MineSweeper(size=n, mines=case["n_mines"], original=True)
+        env.start(numbers, shown)
+        assert env.text() == case["text"]
+        assert env.lost == case["dead_start"]
+        return env, shown, left
+
+    for case in cases.get("boards", []):
+        env, shown, _ = check_deal(case, np.random.RandomState(case["pre_seed"]))
+        for step in case["steps"]:
+            if "restart" in step or "action" not in step:
+                env.start(env.numbers, shown)
+                assert env.text() == step.get("text", env.text())
+                continue
+            text, reward, done, _, info = env.step(tuple(int(number) for number in step["action"]))
+            assert (text, reward, done, info["won"]) == tuple(step[k] for k in ("text", "reward", "done", "won"))
+    for chain in cases.get("chains", []):
+        generator = np.random.RandomState(chain["pre_seed"])
+        for case in chain["resets"]:
+            _, _, generator = check_deal(case, generator)
+
+
+def test_golden_parsing():
+    cases = golden("parsing")
+    words = ["still", *MOVES]
+    for case in cases.get("cases", []):
+        for name, env_options in (("sokoban", {}), ("minesweeper", {})):
+            if name not in case:
+                continue
+            expected = case[name]
+            if case["phase"] == "play":
+                if name == "sokoban" and "num_actions_per_turn" in case:
+                    env_options = {"moves_per_turn": case["num_actions_per_turn"]}
+                action, is_valid = make_env(name, **env_options).parse(case["reply"])
+                if name == "sokoban":
+                    assert [words.index(word) for word in action] == expected["actions"], case["reply"]
+                else:
+                    assert action == tuple(int(number) for number in expected["action"]), case["reply"]
+            else:
+                reflection, is_valid = lamer.parse_reflection(case["reply"])
+                # One rule for all games, first start tag to last end tag, where the two originals disagree.
+                if case["sokoban"] == case["minesweeper"]:
+                    assert reflection == expected["reflection"], case["reply"]
+            assert is_valid == bool(expected["valid"]), case["reply"]
+    for case in cases.get("histories", []):
+        records = [(str(r["action"]), r["text_obs"], r["dones"]) for r in case["records"]]
+        assert lamer.format_history(records, 2) == case["play"]
+        assert lamer.format_history(records, 7) == case["reflect"]
+        assert lamer.format_history(records, 2) == case["past_attempt"]
+
+
+def test_golden_maths():
+    cases = golden("maths")
+    for case in cases.get("returns", []):
+        gammas = case["step_gamma"], case["traj_gamma"]
+        paper = lamer.cross_episode_returns(case["attempts"], "paper", *gammas)
+        assert all(np.allclose(a, b, atol=1e-4) for a, b in zip(paper, case["paper"], strict=True))
+        trial = make_trial(case["attempts"], reflect=case["reflections"])
+        lamer.compute_returns([trial], "official", *gammas)
+        assert np.allclose([turn.ret for turn in trial.turns], case["official"]["returns"], atol=1e-4)
+    for case in cases.get("ppo", []):
+        mask = torch.arange(len(case["log_prob"][0])) < torch.tensor(case["lengths"])[:, None]
+        logps = torch.tensor(case["log_prob"], requires_grad=True)
+        if case["clip_low"] != case["clip_high"]:
+            continue
+        old, advantages = torch.tensor(case["old_log_prob"]), torch.tensor(case["advantage"])[:, None]
+        losses, is_clipped = lamer.clipped_loss(logps, old, advantages.expand_as(old), case["clip_low"])
+        assert abs((is_clipped & mask).sum() / mask.sum() - case["official"]["token-mean"]["clipfrac"]) < 1e-4
+        if case["official"]["token-mean"].get("clipfrac_lower", 1) == 0:  # dual clipping changed nothing here
+            loss = (losses * mask).sum() / mask.sum()
+            assert abs(loss.item() - case["official"]["token-mean"]["loss"]) < 1e-4
+
+
+# ------------------------------------------------------------------------------ returns and advantages
+
+
+def make_turn(episode=0, phase="play", reward=0.0, is_valid=True, anchor="", **fields):
+    return Turn(episode, phase, [1], [2], [0.0], "", "", reward, is_valid, anchor, **fields)
+
+
+def make_trial(rewards, reflect=True, seed=0):
+    """A trial with these rewards[n][t], and a reflection between episodes."""
+    trial = Trial(seed, len(rewards))
+    for n, episode in enumerate(rewards):
+        trial.turns += [make_turn(n, "play", reward) for reward in episode]
+        if reflect and n + 1 < len(rewards):
+            trial.turns.append(make_turn(n, "reflect", anchor="reflection"))
+    return trial
+
+
+def test_returns_by_hand():
+    assert lamer.discounted([0, 0, 10], 0.5) == [2.5, 5, 10]
+    rewards = [[1, 2], [0, 4], [8]]
+    # g: [2, 2], [2, 4], [8]; gamma_traj 0.5: G_t(0) = g_t(0) + 2/2 + 8/4, G_t(1) = g_t(1) + 8/2
+    assert lamer.cross_episode_returns(rewards, "paper", 0.5, 0.5) == [[5, 5], [6, 8], [8]]
+    # recursion: the last turn of an episode gets gamma_traj times the next G_0, and gamma_step discounts that too
+    assert lamer.cross_episode_returns(rewards, "official", 0.5, 0.5) == [[3, 4], [4, 8], [8]]
+    trial = make_trial(rewards)
+    trial.turns[1].is_valid = trial.turns[2].is_valid = False
+    lamer.compute_returns([trial], "paper", 0.5, 0.5, invalid_penalty=0.5)
+    # play, play, reflection on 0, play, play, reflection on 1, play; an invalid row alone is penalised
+    assert [turn.ret for turn in trial.turns] == [5, 4.5, 5.5, 6, 8, 8, 8]
+
+
+def test_advantages_by_hand():
+    def group():
+        trials = [make_trial([[0, 1], [10]]), make_trial([[2], [4]]), make_trial([[5]])]
+        trials[0].turns[1].anchor = "b"
+        lamer.compute_returns(trials, "paper", 1.0, 0.5)
+        return trials
+
+    trials = group()
+    assert [[turn.ret for turn in trial.turns] for trial in trials] == [[6, 6, 10, 10], [4, 4, 4], [5]]
+    lamer.compute_advantages([trials], "reinforce")
+    # episode 0, play: 6, 6, 4, 5 (mean 5.25); reflections: 10, 4; episode 1: 10, 4
+    assert [[turn.advantage for turn in trial.turns] for trial in trials] == [
+        [0.75, 0.75, 3, 3],
+        [-1.25, -3, -3],
+        [-0.25],
+    ]
+    lamer.compute_advantages([trials], "gigpo", step_weight=2.0)
+    # E: G_0(0) = 6, 4, 5 (mean 5), G_0(1) = 10, 4 (mean 7), 0 for reflections
+    # P: first turns share an anchor (mean 5), the turn at "b" is alone (0); reflections 10, 4; episode 1 10, 4
+    assert [[turn.advantage for turn in trial.turns] for trial in trials] == [[3, 1, 6, 9], [-3, -6, -9], [0]]
+    lamer.compute_advantages([trials], "reinforce", norm="mean_std")
+    assert np.allclose(trials[0].turns[2].advantage, 3 / (np.std([10, 4], ddof=1) + 1e-6))
+
+
+def test_sets_of_one_or_of_equal_values_give_zero():
+    for norm in ("mean", "mean_std"):
+        assert lamer.center([3.0], norm) == [0.0]
+        assert lamer.center([0.1] * 7, norm) == [0.0] * 7
+
+
+def test_clipped_loss_by_hand():
+    old = torch.zeros(4)
+    logps = torch.tensor([1.5, 1.5, 0.5, 0.5]).log()  # ratios
+    losses, is_clipped = lamer.clipped_loss(logps, old, torch.tensor([1.0, -1.0, 1.0, -1.0]), clip=0.2)
+    assert torch.allclose(losses, torch.tensor([-1.2, 1.5, -0.5, 0.8]))  # pessimistic: clipped only where it gains
+    assert is_clipped.tolist() == [True, False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("codes", "episodes", "gamma", "best", "success"),
+    [  # DESIGN's table: both sides of every threshold
+        (8, 2, 0.0, "open", [1 / 8, 2 / 8]),
+        (8, 2, 1 / 7 - 0.01, "open", [1 / 8, 2 / 8]),
+        (8, 2, 1 / 7 + 0.01, "peek", [0, 1]),
+        (20, 2, 1 / 9 - 0.01, "leave", [0, 0]),
+        (20, 2, 1 / 9 + 0.01, "peek", [0, 1]),
+        (8, 3, (7 - 45**0.5) / 2 - 0.001, "open", [1 / 8, 2 / 8, 3 / 8]),
+        (8, 3, (7 - 45**0.5) / 2 + 0.001, "peek", [0, 1, 1]),
+        (8, 3, 0.88, "peek", [0, 1, 1]),
+        (8, 3, 0.89, "leave", [0, 0, 1]),
+        (20, 3, 0.11, "leave", [0, 0, 0]),
+        (20, 3, (10 - 60**0.5) / 20 - 0.001, "leave", [0, 0, 1]),  # above 1/9: leave, then peek, then open
+        (20, 3, (10 - 60**0.5) / 20 + 0.001, "peek", [0, 1, 1]),
+        (20, 3, 0.89, "leave", [0, 0, 1]),
+    ],
+)
+def test_lockbox_dynamic_program(codes, episodes, gamma, best, success):
+    values, after = lockbox_values(codes, episodes, gamma)
+    assert max(values, key=values.get) == best
+    assert np.allclose(after, success)
+    if episodes == 2:
+        by_hand = {
+            "open": 10 / codes + (1 - 1 / codes) * gamma * max(10 / (codes - 1), 1),
+            "peek": 10 * gamma,
+            "leave": 1 + gamma * max(10 / codes, 1),
+        }
+        assert {k: pytest.approx(v) for k, v in by_hand.items()} == values
+
+
+# ---------------------------------------------------------------------------------------- environments
+
+
+@pytest.mark.parametrize("name", ENVS)
+def test_same_seed_same_task_and_sticky_done(name):
+    env, other, rng = make_env(name), make_env(name), random.Random(0)
+    for seed in range(20):
+        first = env.reset(seed)[0]
+        done = False
+        while not done:
+            observation, _, terminated, truncated, _ = env.step(env.parse(env.scripted(0.3, rng))[0])
+            done = terminated or truncated
+        if terminated:
+            again, reward, terminated, _, _ = env.step(env.parse(env.scripted(0.3, rng))[0])
+            assert terminated and reward == 0
+            assert again == observation or name == "lockbox"
+        assert env.reset(seed)[0] == other.reset(seed)[0] == first
+    assert len({env.reset(seed)[0] for seed in range(20)}) > (0 if name == "lockbox" else 15)
+
+
+@pytest.mark.parametrize(("name", "winnable"), [("lockbox", 1.0), ("sokoban", 1.0), ("minesweeper", 0.88)])
+def test_scripted_player_wins_what_can_be_won(name, winnable):
+    config = train.resolve(train.Config(env=name, model="tiny", device="cpu"))
+    config.size = config.mines = config.boxes = config.turns = None  # the paper's settings
+    trials = [
+        train.scripted_trial(train.env_of(config), seed, 1, train.Recorder(), 1.0, random.Random(seed))
+        for seed in range(200)
+    ]
+    assert sum(trial.success_after(1) for trial in trials) >= winnable * 200
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"boxes": 1}, {"size": 7, "boxes": 3}, {"min_solution": 8, "max_solution": 12}]
+)
+def test_sokoban_table_agrees_with_a_forward_search(options):
+    env = Sokoban(**options)
+    for seed in range(6):
+        env.reset(seed)
+        level, start = env.level, (env.player, env.boxes)
+        depth, frontier, seen = 0, [start], {start}
+        while frontier and all(boxes != level.targets for _, boxes in frontier):
+            frontier = [
+                after for state in frontier for d in level.deltas if (after := level.move(*state, d)) not in seen
+            ]
+            frontier = list(dict.fromkeys(frontier))
+            seen.update(frontier)
+            depth += 1
+        assert depth == level.distance[start[1] << 8 | start[0]]
+        assert options.get("min_solution", 5) <= depth <= options.get("max_solution", 21)
+
+
+def test_sokoban_turn_stops_and_sums():
+    env = Sokoban()
+    env.start(
+        level_from_text(
+            "0: # # # # # #\n1: # P X O _ #\n2: # _ _ _ _ #\n3: # _ _ _ _ #\n4: # # # # # #\n5: # # # # # #"
+        )
+    )
+    _, reward, terminated, truncated, info = env.step(["right", "left", "left"])
+    assert (reward, terminated, truncated, info["won"], env.steps) == (10.9, True, False, True, 1)
+    env.start(env.level)
+    _, reward, terminated, _, info = env.step(["still", "down", "still"])
+    assert (reward, terminated, info["won"]) == (-0.3, False, False)
+
+
+def test_minesweeper_rewards():
+    env = MineSweeper(size=3, mines=2)
+    env.start(list("*2.*2.11."), list("???????1?"))
+    assert env.step((3, 3))[1:4] == (2.0, False, False)  # cascade
+    assert env.step((3, 3))[1] == -1.0  # open already
+    assert env.step((4, 1))[1] == -1.0  # outside
+    _, reward, terminated, _, info = env.step((3, 1))
+    assert (reward, terminated, info["won"]) == (10.0, True, True)
+    env.start(env.numbers, list("???????1?"))
+    text, reward, terminated, _, info = env.step((1, 1))
+    assert (reward, terminated, info["won"], text.count("*")) == (-0.1, True, False, 1)
+
+
+def test_minesweeper_boards_are_playable():
+    for seed in range(300):
+        env = MineSweeper(size=4, mines=3)
+        text, _ = env.reset(seed)
+        assert "*" not in text
+        assert 3 < text.count("?") < 16
+
+
+# --------------------------------------------------------------------------- the trial and its prompts
+
+
+class Counter(Env):
+    """Counts to `goal`; a reply that is not a number is invalid. Observations are long on purpose."""
+
+    name, turn_limit, is_markov = "counter", 5, False
+
+    def __init__(self, goal=3, words=5):
+        self.goal, self.words = goal, words
+
+    def reset(self, seed):
+        self.count = 0
+        return f"start {seed}", {}
+
+    def step(self, action):
+        self.count += action.isdigit()
+        won = self.count >= self.goal
+        return f"{self.count} " + "word " * self.words, float(won), won, False, {"won": won}
+
+
+def talk(trial, *replies):
+    """Drive a trial with texts; returns its prompts (as texts) and the Trial. The last text is repeated."""
+    prompts, replies = [], list(replies)
+    try:
+        prompt = next(trial)
+        while True:
+            prompts.append((prompt.phase, "".join(map(chr, prompt.ids))))
+            text = replies.pop(0) if len(replies) > 1 else replies[0]
+            prompt = trial.send(Reply([1], [0.0], text))
+    except StopIteration as stop:
+        return prompts, stop.value
+
+
+class Letters:
+    """A Chat whose tokens are characters."""
+
+    def encode(self, text):
+        return [ord(letter) for letter in text]
+
+
+def test_a_trial_ends_at_the_first_success():
+    count, fail = "<action>1</action>", "<action>no"
+    replies = [count, fail, count, fail, fail, "<remark> count! </remark>", *[count] * 3]
+    prompts, trial = talk(lamer.run_trial(Counter(), 7, 3, Letters()), *replies)
+    assert [phase for phase, _ in prompts] == ["play"] * 5 + ["reflect"] + ["play"] * 3
+    assert trial.won_in == 1
+    assert [trial.success_after(k) for k in (1, 2, 3)] == [False, True, True]
+    assert [(turn.episode, turn.is_valid) for turn in trial.turns if turn.phase == "play"][:3] == [
+        (0, True),
+        (0, False),
+        (0, True),
+    ]
+    assert trial.rewards() == [[0] * 5, [0, 0, 1]]
+    assert "count!" in prompts[6][1] and "count!" not in prompts[4][1]
+    assert "Action 2: no" not in prompts[4][1]  # an unparsed reply plays no text of its own
+    assert trial.past[0].reflection == "count!"
+    assert str(trial).startswith("=== task 7: solved in episode 2")
+
+
+@pytest.mark.parametrize("style", ["full", "compact"])
+def test_memory_modes(style):
+    replies = ["<action>x</action>"] * 5 + ["<remark>note A</remark>", "<action>y</action>"]
+    for memory in lamer.MEMORIES:
+        prompts, _ = talk(lamer.run_trial(Counter(), 7, 2, Letters(), memory=memory, style=style), *replies)
+        first_of_second = [text for phase, text in prompts if phase == "play"][5]
+        assert ("note A" in first_of_second) == (memory in ("reflection", "both"))
+        assert ("Action 1: x" in first_of_second) == (memory in ("history", "both"))
+        assert any(phase == "reflect" for phase, _ in prompts) == (memory in ("reflection", "both"))
+        if memory == "none":
+            assert first_of_second == prompts[0][1], "attempts without memory are independent"
+
+
+def test_reflections_are_cut_and_unparsed_ones_are_empty():
+    assert lamer.parse_reflection(f"<remark>{'x' * 3000}</remark>") == ("x" * 2000, True)
+    assert lamer.parse_reflection("no tags") == ("", False)
+
+
+def test_long_prompts_lose_the_oldest_history_first_and_are_counted():
+    limit = 900
+    env = Counter(goal=9, words=40)
+    prompts, trial = talk(lamer.run_trial(env, 7, 2, Letters(), memory="both", max_prompt=limit), "<action>x</action>")
+    assert trial.num_shortened > 0
+    assert all(len(text) <= limit for _, text in prompts)
+    last = [text for phase, text in prompts if phase == "play"][4]
+    assert "Action 4" in last and "Action 1:" not in last
+
+
+def test_borrowed_memory_replaces_the_own():
+    other = [lamer.Episode([("z", "elsewhere", True)], "note of another")]
+    replies = ["<action>x</action>"] * 5 + ["<remark>own note</remark>", "<action>y</action>"]
+    prompts, _ = talk(lamer.run_trial(Counter(), 7, 2, Letters(), borrowed=other), *replies)
+    assert "note of another" in prompts[-1][1] and "own note" not in prompts[-1][1]
+    first = make_trial([[0], [0]], seed=1)
+    trials = [first, make_trial([[0], [0]], seed=2), make_trial([[0], [0]], seed=3)]
+    for trial in trials:
+        trial.past = [lamer.Episode([], str(trial.seed))]
+    assert all(own.past != given for own, given in zip(trials, evaluation.donors(trials, 2), strict=True))
+    with pytest.raises(ValueError, match="swapped"):
+        evaluation.donors([first], 2)
+
+
+# ----------------------------------------------------------------------------------------- the sampler
+
+
+def rollout(policy, kind="slots", num=24, ids=None, sampling=Sampling(seed=3), **options):  # noqa: B008
+    config, model, chat = policy
+    sampler = train.make_sampler(replace(config, sampler=kind, **options), model, chat)
+    ids = range(num) if ids is None else ids
+    return train.rollout(config, sampler, [derive_seed(i // 4) for i in ids], ids, sampling)
+
+
+def replies_of(trials):
+    return [[turn.reply_ids for turn in trial.turns] for trial in trials]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_slots_equal_generate(policy, temperature):
+    sampling = Sampling(seed=3, temperature=temperature)
+    slots, plain = rollout(policy, sampling=sampling, slots=7), rollout(policy, "generate", sampling=sampling)
+    assert replies_of(slots) == replies_of(plain)
+    ours = np.concatenate([turn.logps for trial in slots for turn in trial.turns])
+    theirs = np.concatenate([turn.logps for trial in plain for turn in trial.turns])
+    assert np.abs(ours - theirs).max() < 1e-4
+
+
+def test_greedy_slots_equal_the_models_own_generate(policy):
+    config, model, _ = policy
+    for turn in [turn for trial in rollout(policy, num=4, sampling=Sampling(temperature=0)) for turn in trial.turns]:
+        ids = torch.tensor([turn.prompt_ids])
+        own = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=config.max_reply, do_sample=False)
+        assert own[0, ids.shape[1] :].tolist() == turn.reply_ids
+
+
+def test_results_do_not_depend_on_slots_or_order(policy):
+    reference = replies_of(rollout(policy, slots=24))
+    assert replies_of(rollout(policy, slots=5)) == reference
+    order = np.random.RandomState(0).permutation(24)
+    assert replies_of(rollout(policy, slots=9, ids=[int(i) for i in order])) == [reference[i] for i in order]
+    assert replies_of(rollout(policy, slots=24, sampling=Sampling(seed=4))) != reference
+
+
+def test_logps_equal_a_plain_forward(policy):
+    _, model, chat = policy
+    turns = [turn for trial in rollout(policy, num=8) for turn in trial.turns]
+    with torch.no_grad():
+        scored = lamer.reply_logps(model, turns, 1.0, chat.vocab_size, chunk=50)[0].split(
+            [len(t.reply_ids) for t in turns]
+        )
+        for turn, again in zip(turns, scored, strict=True):
+            logits = model(torch.tensor([turn.prompt_ids + turn.reply_ids])).logits[0, len(turn.prompt_ids) - 1 : -1]
+            plain = logits.log_softmax(-1)[range(len(turn.reply_ids)), turn.reply_ids]
+            assert (plain - torch.tensor(turn.logps)).abs().max() < 1e-4
+            assert (plain - again).abs().max() < 1e-4
+
+
+def test_a_run_after_an_update_uses_the_new_weights(policy):
+    config = policy[0]
+    model, chat = train.load_policy(str(train.warm_policy(config)), "float32", "cpu")
+    sampler = train.make_sampler(config, model, chat)
+    seeds, greedy = list(range(8)), Sampling(temperature=0)
+    before = train.rollout(config, sampler, seeds, seeds, greedy)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.v_proj.weight.mul_(-3)
+    after = train.rollout(config, sampler, seeds, seeds, greedy)
+    fresh = rollout((config, model, chat), "generate", ids=[], sampling=greedy)
+    plain = train.rollout(config, lamer.GenerateSampler(model, chat, 8, 0, config.max_reply), seeds, seeds, greedy)
+    assert fresh == []
+    assert replies_of(after) == replies_of(plain) != replies_of(before)
+
+
+def test_uniforms_and_pick_tokens():
+    draws = lamer.uniforms(1, 2, np.arange(20000), 3)
+    assert abs(draws.mean() - 0.5) < 0.01 and abs(draws.std() - 12**-0.5) < 0.01
+    assert draws[17] == lamer.uniforms(1, 2, 17, 3)[0] != lamer.uniforms(1, 2, 17, 4)[0]
+    logits = torch.tensor([[0.0, 2.0, 1.0, -1.0]]).repeat(20000, 1)
+    tokens, logps = lamer.pick_tokens(logits, draws, Sampling())
+    shares = torch.bincount(tokens, minlength=4) / 20000
+    assert (shares - logits[0].softmax(0)).abs().max() < 0.01
+    assert torch.allclose(logps, logits.log_softmax(-1)[range(20000), tokens])
+    assert set(lamer.pick_tokens(logits, draws, Sampling(top_k=2))[0].tolist()) == {1, 2}
+    assert set(lamer.pick_tokens(logits, draws, Sampling(top_p=0.5))[0].tolist()) == {1}
+    assert set(lamer.pick_tokens(logits, draws, Sampling(top_p=0.9))[0].tolist()) == {0, 1, 2}
+
+
+def test_layers_without_full_attention_are_refused(policy):
+    _, model, chat = policy
+    model.config.layer_types[0] = "sliding_attention"
+    try:
+        with pytest.raises(ValueError, match="--sampler generate"):
+            lamer.SlotSampler(model, chat, 4, 64, 16)
+    finally:
+        model.config.layer_types[0] = "full_attention"
+
+
+@pytest.mark.parametrize(
+    "text", ["<|end|><|user|> hi <|assistant|>", "Row 1: ? . √", "早 \t\r\n é ½ \U0001f600 ï", "plain words"]
+)
+def test_text_never_becomes_special_tokens(policy, text):
+    chat = policy[2]
+    ids = chat.encode_plain(text)
+    assert not set(ids) & set(chat.tokenizer.all_special_ids)
+    assert chat.decode(ids) == text
+    assert chat.encode(text) == chat.head + ids + chat.tail
+    assert chat.head and chat.tail
+
+
+def test_the_tiny_tokenizer_covers_every_prompt(policy):
+    config, _, chat = policy
+    recorder = train.Recorder()
+    for seed in range(30):
+        train.scripted_trial(train.env_of(config), seed, 3, recorder, 0.3, random.Random(seed), style="compact")
+    for text in recorder.texts:
+        ids = chat.encode_plain(text)
+        assert chat.decode(ids) == text
+        assert len(ids) < 0.6 * len(text)
+
+
+# ------------------------------------------------------------------------------------------ the update
+
+
+def updated_weights(policy, trials, **options):
+    """The weights after one call of `update` on these trials, and its statistics."""
+    config, _, chat = policy
+    dtype = options.pop("dtype", torch.float32)
+    model, _ = train.load_policy(str(train.warm_policy(config)), "float32", "cpu")
+    optimizer = lamer.Optimizer(model, options.pop("lr", 1e-3), dtype=dtype)
+    for trial in trials:
+        assert all(turn.logps for turn in trial.turns)
+    stats = lamer.update(model, optimizer, trials, range(len(trials)), Sampling(seed=5), chat.vocab_size, **options)
+    return {name: master.detach().clone() for name, master in optimizer.masters.items()}, stats, model
+
+
+@pytest.fixture(scope="session")
+def batch(policy):
+    trials = rollout(policy, num=24)
+    lamer.compute_returns(trials, "paper", 0.95, 0.6)
+    lamer.compute_advantages([trials[i : i + 4] for i in range(0, 24, 4)], "gigpo")
+    return trials
+
+
+def test_update_does_not_depend_on_micro_batches(policy, batch):
+    reference, stats, _ = updated_weights(policy, batch, minibatch=100)
+    assert stats["updates"] > 1 and stats["grad_norm"] > 0
+    for tokens in (1, 300, 2000):
+        weights, again, _ = updated_weights(policy, batch, minibatch=100, microbatch_tokens=tokens)
+        assert max((weights[name] - reference[name]).abs().max() for name in weights) < 1e-5
+        assert again["entropy"] == pytest.approx(stats["entropy"], abs=1e-5)
+
+
+def test_update_is_the_gradient_of_the_clipped_loss(policy, batch):
+    """One mini-batch against the plainest possible loss: whole logits, a loop over turns, one division."""
+    config, _, chat = policy
+    model, _ = train.load_policy(str(train.warm_policy(config)), "float32", "cpu")
+    total, count = 0.0, 0
+    for turn in [turn for trial in batch for turn in trial.turns]:
+        logits = model(torch.tensor([turn.prompt_ids + turn.reply_ids])).logits[0, len(turn.prompt_ids) - 1 : -1]
+        logps = logits[:, : chat.vocab_size].log_softmax(-1)[range(len(turn.reply_ids)), turn.reply_ids]
+        ratio = (logps - torch.tensor(turn.logps)).exp()
+        total = total - torch.minimum(ratio * turn.advantage, ratio.clamp(0.8, 1.2) * turn.advantage).sum()
+        count += len(turn.reply_ids)
+    (total / count).backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9).item()
+    _, stats, _ = updated_weights(policy, batch, minibatch=10**6)
+    assert stats["updates"] == 1
+    assert stats["grad_norm"] == pytest.approx(norm, rel=1e-4)
+    assert stats["loss"] == pytest.approx((total / count).item(), abs=1e-6)
+    assert stats["kl"] == pytest.approx(0, abs=1e-6) and stats["clip_fraction"] == 0
+
+
+def test_the_update_makes_good_replies_likelier(policy, batch):
+    _, _, model = updated_weights(policy, batch, lr=1e-4, minibatch=10**6)
+    turns = [turn for trial in batch for turn in trial.turns]
+    with torch.no_grad():
+        logps, _ = lamer.reply_logps(model, turns, 1.0, policy[2].vocab_size)
+    change = logps - torch.cat([torch.tensor(turn.logps) for turn in turns])
+    weights = torch.tensor([turn.advantage for turn in turns for _ in turn.reply_ids])
+    assert (change * weights).sum() > 0
+
+
+def test_bf16_weights_have_fp32_masters(policy, batch):
+    before = train.load_policy(str(train.warm_policy(policy[0])), "float32", "cpu")[0].state_dict()
+    weights, stats, model = updated_weights(policy, batch, lr=1e-6, dtype=torch.bfloat16, minibatch=10**6)
+    assert model.dtype == torch.bfloat16 and stats["sampler_gap"] > 0
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert 0 < (weights[name] - before[name]).abs().max() < 2e-6, "steps that bf16 would round away arrive"
+    assert torch.equal(model.state_dict()[name], weights[name].bfloat16())
+
+
+# ---------------------------------------------------------------------------------------- the commands
+
+SMALL = "--env minesweeper --model tiny --device cpu --tiny_hidden 32 --tiny_layers 2 --warm_steps 30"
+SMALL = f"{SMALL} --num_tasks 4 --group_size 4 --eval_tasks 8 --minibatch 40 --eval_every 0".split()
+
+
+def run(*command, expect=0, **options):
+    """Run a command of the project; returns its output. Environment variables of the tests' own processes apply."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    if command[0] == "torchrun":
+        command = ["-m", "torch.distributed.run", *command[1:]]
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], capture_output=True, text=True, cwd=HERE, env=env, **options
+    )
+    assert done.returncode == expect, done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def weights_of(folder):
+    return train.load_policy(str(folder), "float32", "cpu")[0].state_dict()
+
+
+def rows(path, *without):
+    return [{k: v for k, v in json.loads(line).items() if k not in without} for line in path.read_text().splitlines()]
+
+
+CLOCKS = ("seconds", "tokens_per_second", "peak_gb")
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory, policy):
+    """A run of four steps by the real command."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    run("train.py", *SMALL, "--steps", 4, "--save_every", 2, "--keep", 9, "--eval-every", 2, "--out", out)
+    return out
+
+
+def test_a_run_leaves_what_was_promised(finished_run):
+    log = rows(finished_run / "metrics.jsonl")
+    assert [row["step"] for row in log] == [1, 2, 3, 4]
+    keys = ["step", "success", "return", "valid", "seconds", "tokens_per_second"]
+    keys += ["peak_gb", "entropy", "clip_fraction", "kl"]
+    assert all(key in row for row in log for key in keys)
+    assert len(log[0]["success"]) == 3 and set(log[0]["seconds"]) >= {"rollout", "update"}
+    assert [row["step"] for row in rows(finished_run / "evals.jsonl")] == [0, 2, 4]
+    assert "episode 1, play" in (finished_run / "trials_000004.txt").read_text()
+    saved = json.loads((finished_run / "config.json").read_text())
+    assert saved["num_tasks"] == 4 and saved["style"] == "compact" and saved["gamma_traj"] == 0.6
+    assert sorted(train.checkpoints(finished_run)) == [2, 4]
+
+
+def test_resume_equals_no_interruption(finished_run, tmp_path):
+    run("train.py", *SMALL, "--steps", 3, "--save_every", 2, "--keep", 1, "--out", tmp_path / "cut")
+    assert list(train.checkpoints(tmp_path / "cut")) == [3]
+    (tmp_path / "cut" / "step_000003").rename(tmp_path / "step_000003")  # as if killed after the save of step 2
+    run("train.py", *SMALL, "--steps", 2, "--out", tmp_path / "half")
+    (tmp_path / "cut" / "step_000002").mkdir()
+    (tmp_path / "cut" / "step_000002").rmdir()
+    (tmp_path / "half" / "step_000002").rename(tmp_path / "cut" / "step_000002")
+    run("train.py", "--resume", tmp_path / "cut", "--steps", 4)
+    whole, resumed = weights_of(finished_run / "step_000004"), weights_of(tmp_path / "cut" / "step_000004")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert rows(tmp_path / "cut" / "metrics.jsonl", *CLOCKS) == rows(finished_run / "metrics.jsonl", *CLOCKS)
+
+
+def test_two_processes_equal_one(finished_run, tmp_path):
+    run("torchrun", "--nproc-per-node", 2, "train.py", *SMALL, "--steps", 2, "--out", tmp_path)
+    one, two = weights_of(finished_run / "step_000002"), weights_of(tmp_path / "step_000002")
+    assert max((one[name] - two[name]).abs().max() for name in one) < 1e-5
+    for a, b in zip(
+        rows(finished_run / "metrics.jsonl", *CLOCKS), rows(tmp_path / "metrics.jsonl", *CLOCKS), strict=False
+    ):
+        assert a["success"] == b["success"] and a["entropy"] == pytest.approx(b["entropy"], abs=1e-5)
+
+
+def test_eval_command(finished_run, tmp_path):
+    file = tmp_path / "result.json"
+    text = run("eval.py", "--model", finished_run, "--num_tasks", 16, "--json", file, "--show", 1)
+    assert "scripted player" in text and "episode 1, play" in text
+    result = json.loads(file.read_text())
+    keys = ["env", "model", "success", "ci95", "num_tasks", "episodes", "return", "valid"]
+    keys += ["first_actions", "memory", "temperature", "top_p", "top_k", "seed"]
+    assert all(key in result for key in keys)
+    assert result["model"].endswith("step_000004") and result["memory"] == "reflection" and result["num_tasks"] == 16
+    assert len(result["success"]) == 3 and sum(result["first_actions"].values()) == 16
+    assert all(low <= share <= high for share, (low, high) in zip(result["success"], result["ci95"], strict=True))
+    assert evaluation.wilson(0, 10) == pytest.approx((0, 0.2775), abs=1e-3)
+    for memory in ("none", "swapped"):
+        run("eval.py", "--model", finished_run / "step_000002", "--num_tasks", 16, "--memory", memory, "--json", file)
+        again = json.loads(file.read_text())
+        assert again["memory"] == memory
+        assert memory == "none" or again["success"][0] == result["success"][0] or "step_000002" in again["model"]
+
+
+MISTAKES = [
+    ("train.py --envv sokoban", "--envv"),
+    ("train.py --env chess", "chess"),
+    ("train.py --env missing.py:Thing", "missing.py"),
+    ("train.py --env minesweeper --mines 0", "--mines 0"),
+    ("train.py --env minesweeper --mines 40", "--mines 40"),
+    ("train.py --env sokoban --boxes 14 --model tiny", "--boxes"),
+    ("train.py --env lockbox --mines 3", "--mines"),
+    ("train.py --env lockbox --group_size 1", "--group_size"),
+    ("train.py --env lockbox --steps many", "--steps"),
+    ("train.py --env lockbox --estimator sarsa", "--estimator"),
+    ("train.py --env lockbox --model ./nowhere", "./nowhere"),
+    ("train.py --env lockbox --model {broken}", "cannot be loaded"),
+    ("train.py --model {run} --env minesweeper --max_prompt 10", "--max_prompt is 10"),
+    ("train.py --resume {empty}", "no complete checkpoint"),
+    ("train.py --resume {run} --env lockbox", "cannot become lockbox"),
+    ("train.py --env minesweeper --out {whole}", "--resume"),
+    ("eval.py", "--model"),
+    ("eval.py --model {empty}", "config.json"),
+    ("eval.py --model {run} --memory telepathy", "--memory"),
+]
+
+
+def test_mistakes_end_in_one_clear_line(finished_run, tmp_path, capfd, monkeypatch):
+    checkpoint, broken = finished_run / "step_000004", tmp_path / "broken"
+    broken.mkdir()
+    for file in checkpoint.iterdir():
+        content = file.read_bytes()
+        (broken / file.name).write_bytes(content[: len(content) // 2] if file.suffix == ".safetensors" else content)
+    (tmp_path / "empty").mkdir()
+    places = dict(run=finished_run, whole=finished_run, empty=tmp_path / "empty", broken=broken)
+    places["run"] = checkpoint
+    monkeypatch.chdir(tmp_path)
+    for command, expected in MISTAKES:
+        name, *flags = command.format(**places | ({"run": finished_run} if "--resume {run}" in command else {})).split()
+        main = train.main if name == "train.py" else evaluation.main
+        with pytest.raises(SystemExit) as stop:
+            main(flags)
+        line = str(stop.value)
+        assert expected in line and "\n" not in line and len(line) < 400, (command, line)
+    assert sorted(train.checkpoints(finished_run)) == [2, 4]
+
+
+def test_a_mistake_on_the_real_command_line():
+    text = run("train.py", "--env", "chess", expect=1)
+    assert text.strip().splitlines()[-1].startswith("train.py: ") and "Traceback" not in text
+
+
+def test_a_full_disk_while_saving_loses_nothing(finished_run, tmp_path):
+    resource = pytest.importorskip("resource")
+    run("train.py", *SMALL, "--steps", 1, "--out", tmp_path)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "step_000001").iterdir()}
+    size = before["model.safetensors"].__len__() // 2
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))  # noqa: E731 - stands in for a full disk
+    text = run("train.py", "--resume", tmp_path, "--steps", 2, expect=1, preexec_fn=limit)
+    assert "cannot save" in text.strip().splitlines()[-1] and "Traceback" not in text
+    assert {path.name: path.read_bytes() for path in (tmp_path / "step_000001").iterdir()} == before
+    assert list(train.checkpoints(tmp_path)) == [1]
+
+
+def test_an_interrupted_run_says_so_and_can_go_on(finished_run, tmp_path):
+    command = [sys.executable, "train.py", *SMALL, "--steps", "1000", "--save_every", "1", "--out", str(tmp_path)]
+    process = subprocess.Popen(
+        command, cwd=HERE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    deadline = time.time() + 120
+    while not train.checkpoints(tmp_path) and time.time() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    text = process.communicate(timeout=60)[1]
+    assert process.returncode == 1 and "stopped" in text.strip().splitlines()[-1] and "Traceback" not in text
+    last = max(train.checkpoints(tmp_path))
+    run("train.py", "--resume", tmp_path, "--steps", last + 1)
+    assert len(rows(tmp_path / "metrics.jsonl")) == last + 1
+
+
+MY_GAME = '''
+class Coin:
+    """A plain Gymnasium-style class: heads wins."""
+
+    def reset(self, seed):
+        return "Heads or tails?", {}
+
+    def step(self, action):
+        won = action == "heads"
+        return "It was heads.", float(won), True, False, {"won": won}
+'''
+
+
+def test_an_environment_of_ones_own(policy, tmp_path):
+    (tmp_path / "game.py").write_text(MY_GAME)
+    env = make_env(f"{tmp_path}/game.py:Coin")
+    assert env.name == "coin" and env.parse("<action> heads </action>") == ("heads", True)
+    config = train.Config(env=f"{tmp_path}/game.py:Coin", device="cpu", model=str(train.warm_policy(policy[0])))
+    config = replace(train.resolve(config), max_reply=4)
+    sampler = train.make_sampler(config, *policy[1:])
+    trials = train.rollout(config, sampler, [0, 1], [0, 1], Sampling())
+    assert [trial.episodes for trial in trials] == [3, 3]
+    for text, message in (("import nothing_like_this", "cannot be loaded"), ("class Other: pass", "no class Coin")):
+        (tmp_path / "game.py").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            make_env(f"{tmp_path}/game.py:Coin")
