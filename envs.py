@@ -333,10 +333,11 @@ class MineSweeper(Env):
         n = self.size
         return (
             f"You are playing MineSweeper on a board of {n} rows and {n} columns that hides {self.mines} mines. Rows "
-            f"and columns are numbered from 1 to {n}.\nCells: ? is unopened; . is open with no mine around it; a number "
-            "1-8 is open and counts the mines among its eight neighbours; * is a mine that was hit.\nGoal: open every cell "
-            "that is not a mine. Opening a mine loses the episode. Opening a cell without neighbouring mines opens its "
-            "neighbours too, and theirs, as far as such cells reach. "
+            f"and columns are numbered from 1 to {n}.\n"
+            "Cells: ? is unopened; . is open with no mine around it; a number 1-8 is open and counts the mines among "
+            "its eight neighbours; * is a mine that was hit.\n"
+            "Goal: open every cell that is not a mine. Opening a mine loses the episode. Opening a cell without "
+            "neighbouring mines opens its neighbours too, and theirs, as far as such cells reach.\n"
             f"You have {self.turn_limit} turns of one cell each. The mines are in the same places in every episode."
         )
 
@@ -660,9 +661,10 @@ class Sokoban(Env):
             return ""
         return (
             "You are playing Sokoban. Symbols: # wall, _ floor, O target, X box, √ box on a target, P you, S you on a "
-            "target. Rows are numbered from the top.\nGoal: push every box onto a target. Moves: up, down, left, right. "
-            "You push a box by walking into it; the cell behind it must be free. You cannot pull, cannot push two boxes at "
-            "once, and cannot enter walls, so a box in a corner that is no target is lost, and with it the episode.\n"
+            "target. Rows are numbered from the top.\n"
+            "Goal: push every box onto a target. Moves: up, down, left, right. You push a box by walking into it; the "
+            "cell behind it must be free. You cannot pull, cannot push two boxes at once, and cannot enter walls, so a "
+            "box in a corner that is no target is lost, and with it the episode.\n"
             f"You have {self.turn_limit} turns of up to {self.moves_per_turn} moves. The room is the same every time."
         )
 

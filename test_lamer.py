@@ -10,6 +10,7 @@ name, or fails with LAMER_REQUIRE_GOLDEN=1.
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -858,3 +859,92 @@ def test_an_environment_of_ones_own(policy, tmp_path):
         (tmp_path / "game.py").write_text(text)
         with pytest.raises(ValueError, match=message):
             make_env(f"{tmp_path}/game.py:Coin")
+
+
+# --------------------------------------------------------------------------------------------- learning, and the README
+
+
+def mean_first_reward(trials):
+    return sum(sum(trial.rewards()[0]) for trial in trials) / len(trials)
+
+
+def warm(env, **options):
+    """(config, sampler) of the default warm-started policy."""
+    config = train.resolve(train.Config(env=env, model="tiny", device="cpu", **options))
+    return config, train.make_sampler(config, *train.load_policy(str(train.warm_policy(config)), "float32", "cpu"))
+
+
+def action_after(config, sampler, memory, num=64, temperature=1.0):
+    """First actions of a second episode whose memory holds this note."""
+    env = train.env_of(config)
+    prompts = []
+    for seed in range(num):
+        initial, _ = env.reset(seed)
+        past = [lamer.Episode([], memory if isinstance(memory, str) else memory(env))]
+        prompts.append(lamer.play_prompt(env, config.style, "reflection", initial, past, 1, []))
+
+    def ask(prompt):
+        reply = yield lamer.Prompt("play", sampler.chat.encode(prompt))
+        return env.parse(reply.text)[0]
+
+    return sampler.run([ask(prompt) for prompt in prompts], range(num), Sampling(seed=1, temperature=temperature))
+
+
+def test_lockbox_warm_policy_follows_its_memory_and_rl_learns_to_peek(tmp_path):
+    """The whole claim in miniature: from a policy that can copy, meta-RL finds that peeking first is worth it."""
+    config, sampler = warm("lockbox")
+    for code in (2, 7):
+        actions = action_after(config, sampler, f"code {code}")
+        assert actions.count(f"open {code}") >= 32, "a written code is opened"
+        assert action_after(config, sampler, "nothing").count(f"open {code}") <= 16
+    trials = train.rollout(config, sampler, range(128), range(128), Sampling(seed=9))
+    assert sum(trial.success_after(1) for trial in trials) <= 0.25 * 128, "first episodes are played poorly"
+    run("train.py", "--env", "lockbox", "--model", "tiny", "--device", "cpu", "--eval_every", 0, "--out", tmp_path)
+    run("eval.py", "--model", tmp_path, "--json", tmp_path / "eval.json")
+    result = json.loads((tmp_path / "eval.json").read_text())
+    assert result["success"][0] <= 0.05 and result["success"][1] >= 0.95
+    assert result["first_actions"]["peek"] >= 0.95 * 256
+
+
+@pytest.mark.slow
+def test_lockbox_without_credit_across_episodes_does_not_peek(tmp_path):
+    flags = ["--env", "lockbox", "--model", "tiny", "--device", "cpu", "--eval_every", 0, "--gamma_traj", 0.0]
+    run("train.py", *flags, "--out", tmp_path)
+    run("eval.py", "--model", tmp_path, "--json", tmp_path / "eval.json")
+    result = json.loads((tmp_path / "eval.json").read_text())
+    assert result["first_actions"].get("peek", 0) <= 0.05 * 256
+    assert result["valid"] >= 0.95 and result["first_episode_reward"] >= 0.9
+
+
+@pytest.mark.slow
+def test_minesweeper_warm_policy_follows_its_memory():
+    """Shown the whole board in a note, it keeps off the mines; without a note it does not."""
+    config, sampler = warm("minesweeper")
+
+    def whole_board(env):
+        numbers, n = ["?" if cell == "*" else cell for cell in env.numbers], env.size
+        return "\n".join(f"Row {r + 1}: " + " ".join(numbers[r * n : (r + 1) * n]) for r in range(n))
+
+    def share_on_mines(memory):
+        env, hits = train.env_of(config), 0
+        for seed, (row, col) in enumerate(action_after(config, sampler, memory, num=256)):
+            env.reset(seed)
+            hits += env.click(row, col)[0] == -0.1
+        return hits / 256
+
+    assert share_on_mines(whole_board) < 0.6 * share_on_mines(""), "what is written changes what is done"
+    trials = train.rollout(config, sampler, range(256), range(256), Sampling(seed=9))
+    assert sum(trial.success_after(1) for trial in trials) <= 0.4 * 256, "first episodes are played poorly"
+
+
+def test_the_readme_is_true():
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    for name in re.findall(r"^\| .* \| `(\w+)` \|$", text, flags=re.M):  # the table of symbols
+        assert hasattr(lamer, name), f"README names lamer.{name}, which does not exist"
+    assert len(re.findall(r"^\| .* \| `(\w+)` \|$", text, flags=re.M)) >= 8
+    flags = set(re.findall(r"--([a-z_]+[a-z])", text))
+    known = {f.name for cls in (train.Config, evaluation.EvalConfig) for f in train.fields(cls)} | {"nproc"}
+    assert flags <= known, f"README names flags that do not exist: {sorted(flags - known)}"
+    for command in re.findall(r"^(?:python|torchrun .*) (train|eval)\.py (.*?)(?: +#.*)?$", text, flags=re.M):
+        cls = train.Config if command[0] == "train" else evaluation.EvalConfig
+        train.parse_flags(cls, command[1].split(), "")
