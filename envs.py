@@ -39,7 +39,7 @@ class Env:
     """Base class: Gymnasium's `reset` and `step`, plus what turns an environment into text, with defaults.
 
     A subclass must define `reset` and `step`; everything else may stay as it is. `info["won"]` says whether the task is
-    solved. A trial ends at the first win (paper, section 3.1).
+    solved. A trial ends at the first win.
     """
 
     name = "env"
@@ -275,7 +275,7 @@ class MineSweeper(Env):
 
     name = "minesweeper"
     is_markov = True
-    warm_skill = 0.15
+    warm_skill = 0.0
     reply_format = "Think step by step, then give one cell as (row, col) inside <action> </action>."
 
     def __init__(self, size: int = 6, mines: int = 3, turns: int = 7, original: bool = False):

@@ -7,11 +7,11 @@ only the context adapts.
 
 Read from the top; the data flows in this order:
 
-    run_trial              one trial as a generator: yields prompts, receives replies, ends as a Trial     (sec. 3.1)
+    run_trial              one trial as a generator: yields prompts, receives replies, ends as a Trial
     SlotSampler.run        plays hundreds of trials at once with one model; nobody waits for the slowest
-    compute_returns        G_t(n) = g_t(n) + sum_{m>n} gamma_traj^(m-n) g_0(m)                             (sec. 3.2)
-    compute_advantages     G minus what the same task's other trials got at the same point                 (sec. 3.3)
-    update                 clipped policy gradient on every reply token, reflections included              (sec. 3.3)
+    compute_returns        G_t(n) = g_t(n) + sum_{m>n} gamma_traj^(m-n) g_0(m)
+    compute_advantages     G minus what the same task's other trials got at the same point
+    update                 clipped policy gradient on every reply token, reflections included
 
 A Turn is one model call and the unit of training. Each stage fills its own fields and overwrites none. Environments
 are known only by the interface in envs.py.
@@ -127,7 +127,7 @@ def run_trial(
     max_prompt: int = 2048,
     borrowed: Sequence[Episode] | None = None,
 ) -> Generator[Prompt, Reply, Trial]:
-    """Play one trial (paper, section 3.1): yields a Prompt, receives a Reply, returns the Trial.
+    """Play one trial: yields a Prompt, receives a Reply, returns the Trial.
 
     `memory` says what later episodes see of a failed one; with "none" the episodes are independent attempts.
     `borrowed` is what they see instead, from a trial of another task: the control that shows whether memory is used.
@@ -645,7 +645,7 @@ def discounted(rewards: Sequence[float], gamma_step: float, tail: float = 0.0) -
 def cross_episode_returns(
     rewards: Sequence[Sequence[float]], credit: str, gamma_step: float, gamma_traj: float
 ) -> list[list[float]]:
-    """G_t(n) of every play turn, for rewards[n][t] (paper, section 3.2; official: facts/games.md, section 4).
+    """G_t(n) of every play turn, for rewards[n][t] (README, equations 1 and 2; official: its recursion).
 
     paper:    G_t(n) = g_t(n) + sum_{m>n} gamma_traj^(m-n) g_0(m)
     official: one recursion, so that gamma_step also discounts what comes from later episodes
@@ -695,7 +695,7 @@ ESTIMATORS = ("reinforce", "gigpo")
 def compute_advantages(
     groups: Iterable[Sequence[Trial]], estimator: str, norm: str = "mean", step_weight: float = 1.0
 ) -> None:
-    """Set `advantage` of every turn; a group is the trials of one task (paper, section 3.3).
+    """Set `advantage` of every turn; a group is the trials of one task.
 
     Episode and phase are part of every key: memory differs between episodes, so equal boards are not equal states, and
     a baseline over all episodes would punish the very action that made the next one succeed.
@@ -847,7 +847,7 @@ def update(
     microbatch_tokens: int = 16384,
     grad_clip: float = 1.0,
 ) -> dict[str, float]:
-    """One pass of clipped policy-gradient steps over the turns of this process' trials (paper, section 3.3).
+    """One pass of clipped policy-gradient steps over the turns of this process' trials.
 
     Every reply token of a turn carries the turn's advantage. A mini-batch of about `minibatch` turns (over all
     processes) is one optimizer step; which one a turn belongs to depends only on (seed, step, trial, turn). The loss
