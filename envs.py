@@ -275,7 +275,7 @@ class MineSweeper(Env):
 
     name = "minesweeper"
     is_markov = True
-    warm_skill = 0.0
+    warm_skill = 0.15
     reply_format = "Think step by step, then give one cell as (row, col) inside <action> </action>."
 
     def __init__(self, size: int = 6, mines: int = 3, turns: int = 7, original: bool = False):

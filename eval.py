@@ -21,8 +21,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import logging as transformers_logging
-
 import lamer
 import train
 from lamer import Episode, Sampling, Trial
@@ -128,7 +126,7 @@ def prepare(argv: Sequence[str]) -> tuple[EvalConfig, Config, str]:
     source = str(done[max(done)]) if done else given.model
     saved = train.saved_config(source)
     if not saved and given.env is None:
-        raise ValueError(f"{given.model} was not trained here, so --env is needed")
+        raise ValueError(f"--model {given.model} was not trained here, so it needs an --env")
     if saved and given.env not in (None, saved["env"]):
         saved = {k: v for k, v in saved.items() if k not in (*ENV_OPTIONS, "episodes", "max_prompt", "max_reply")}
     changes = {f.name: value for f in fields(Config) if (value := getattr(given, f.name, None)) is not None}
@@ -174,8 +172,6 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     try:
         main(sys.argv[1:])
     except KeyboardInterrupt:

@@ -70,7 +70,7 @@ class Trial:
     seed: int  # the task
     episodes: int  # N, as planned; a trial ends earlier at the first success
     turns: list[Turn] = field(default_factory=list)
-    past: list["Episode"] = field(default_factory=list)  # what later episodes can see of each failed one
+    past: list[Episode] = field(default_factory=list)  # what later episodes can see of each failed one
     won_in: int | None = None  # the episode that solved the task
     num_shortened: int = 0  # prompts that had to be shortened
 
@@ -80,10 +80,8 @@ class Trial:
 
     def __str__(self) -> str:
         """The trial as a person would read it."""
-        lines = [
-            f"=== task {self.seed}: "
-            + ("not solved" if self.won_in is None else f"solved in episode {self.won_in + 1}")
-        ]
+        outcome = "not solved" if self.won_in is None else f"solved in episode {self.won_in + 1}"
+        lines = [f"=== task {self.seed}: {outcome}"]
         for turn in self.turns:
             lines.append(f"--- episode {turn.episode + 1}, {turn.phase}\n{turn.observation}\n>>> {turn.reply}")
             lines[-1] += "" if turn.is_valid else "  [not valid]"
@@ -440,6 +438,8 @@ class SlotSampler:
         layers = set(getattr(model.config, "layer_types", None) or ["full_attention"])
         if layers != {"full_attention"} or getattr(model.config, "sliding_window", None):
             raise ValueError("this model has layers without full attention; use --sampler generate")
+        if model.config._attn_implementation not in ("eager", "sdpa"):
+            raise ValueError("the slot sampler's mask needs eager or sdpa attention; use --sampler generate")
         self.model, self.chat, self.num_slots = model, chat, slots
         self.max_reply, self.prefill_tokens = max_reply, prefill_tokens
         self.cache = SlotCache(model.config.num_hidden_layers, slots, max_prompt + max_reply, model.device)
@@ -535,7 +535,7 @@ class SlotSampler:
         """Hidden states (B, T, h) of the tokens at their positions, attending to what their rows hold."""
         width = min(-(-longest // 32) * 32, self.cache.capacity)  # few distinct widths keep the allocator calm
         mask = self.cache.look_at(rows, positions, width, self.model.dtype)
-        return self.model.model(
+        return self.model.get_decoder()(
             input_ids=tokens.to(self.model.device),
             position_ids=self.cache.positions,
             attention_mask=mask,
@@ -544,7 +544,7 @@ class SlotSampler:
         ).last_hidden_state
 
     def head(self, hidden: Tensor) -> Tensor:
-        return self.model.lm_head(hidden)[:, : self.chat.vocab_size]
+        return self.model.get_output_embeddings()(hidden)[:, : self.chat.vocab_size]
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
@@ -742,14 +742,15 @@ def reply_logps(
     """
     device = model.device
     tokens = pad([turn.prompt_ids + turn.reply_ids for turn in turns]).to(device)  # (B, L)
-    hidden = model.model(input_ids=tokens, use_cache=False).last_hidden_state  # (B, L, h)
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    hidden = decoder(input_ids=tokens, use_cache=False).last_hidden_state  # (B, L, h)
     rows = [row for row, turn in enumerate(turns) for _ in turn.reply_ids]
     columns = [len(turn.prompt_ids) + i for turn in turns for i in range(len(turn.reply_ids))]
     rows, columns = torch.tensor(rows, device=device), torch.tensor(columns, device=device)
     hidden, targets = hidden[rows, columns - 1], tokens[rows, columns]  # (T, h), (T,)
 
     def score(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logps = (model.lm_head(hidden)[:, :vocab_size].float() / temperature).log_softmax(-1)  # (C, V)
+        logps = (head(hidden)[:, :vocab_size].float() / temperature).log_softmax(-1)  # (C, V)
         with torch.set_grad_enabled(torch.is_grad_enabled() and need_entropy_grad):
             entropy = -(logps.exp() * logps).sum(-1)  # (C,)
         return logps.gather(-1, targets[:, None])[:, 0], entropy

@@ -39,7 +39,9 @@ def cache(tmp_path_factory):
 
 def tiny_config(env="minesweeper", **options):
     """A small policy that is made within seconds; it knows the format and little else."""
-    options = dict(env=env, model="tiny", device="cpu", tiny_hidden=32, tiny_layers=2, warm_steps=30) | options
+    options = (
+        dict(env=env, model="tiny", device="cpu", tiny_hidden=32, tiny_layers=2, warm_steps=150, max_reply=32) | options
+    )
     return train.resolve(train.Config(**options))
 
 
@@ -453,7 +455,7 @@ def test_reflections_are_cut_and_unparsed_ones_are_empty():
 
 
 def test_long_prompts_lose_the_oldest_history_first_and_are_counted():
-    limit = 900
+    limit = 600
     env = Counter(goal=9, words=40)
     prompts, trial = talk(lamer.run_trial(env, 7, 2, Letters(), memory="both", max_prompt=limit), "<action>x</action>")
     assert trial.num_shortened > 0
@@ -665,7 +667,7 @@ def test_bf16_weights_have_fp32_masters(policy, batch):
 
 # ---------------------------------------------------------------------------------------- the commands
 
-SMALL = "--env minesweeper --model tiny --device cpu --tiny_hidden 32 --tiny_layers 2 --warm_steps 30"
+SMALL = "--env minesweeper --model tiny --device cpu --tiny_hidden 32 --tiny_layers 2 --warm_steps 150 --max_reply 32"
 SMALL = f"{SMALL} --num_tasks 4 --group_size 4 --eval_tasks 8 --minibatch 40 --eval_every 0".split()
 
 
@@ -775,7 +777,8 @@ MISTAKES = [
     ("train.py --resume {run} --env lockbox", "cannot become lockbox"),
     ("train.py --env minesweeper --out {whole}", "--resume"),
     ("eval.py", "--model"),
-    ("eval.py --model {empty}", "config.json"),
+    ("eval.py --model {empty}", "--env"),
+    ("eval.py --model {empty} --env lockbox", "config.json"),
     ("eval.py --model {run} --memory telepathy", "--memory"),
 ]
 
@@ -943,7 +946,7 @@ def test_the_readme_is_true():
         assert hasattr(lamer, name), f"README names lamer.{name}, which does not exist"
     assert len(re.findall(r"^\| .* \| `(\w+)` \|$", text, flags=re.M)) >= 8
     flags = set(re.findall(r"--([a-z_]+[a-z])", text))
-    known = {f.name for cls in (train.Config, evaluation.EvalConfig) for f in train.fields(cls)} | {"nproc"}
+    known = {f.name for cls in (train.Config, evaluation.EvalConfig) for f in train.fields(cls)} | {"nproc", "help"}
     assert flags <= known, f"README names flags that do not exist: {sorted(flags - known)}"
     for command in re.findall(r"^(?:python|torchrun .*) (train|eval)\.py (.*?)(?: +#.*)?$", text, flags=re.M):
         cls = train.Config if command[0] == "train" else evaluation.EvalConfig

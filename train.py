@@ -47,6 +47,9 @@ import lamer
 from envs import Env, derive_seed, make_env
 from lamer import Chat, Reply, Sampling, Trial, Turn, all_reduce_sum
 
+transformers_logging.set_verbosity_error()
+transformers_logging.disable_progress_bar()
+
 # ----------------------------------------------------------------------------------------- the options
 
 
@@ -130,7 +133,7 @@ ENV_DEFAULTS = {"lockbox": dict(episodes=2), "sokoban": dict(gamma_traj=0.9)}
 TINY_DEFAULTS = dict(
     steps=100,
     style="compact",
-    lr=3e-4,
+    lr=6e-4,
     minibatch=256,
     max_prompt=192,
     max_reply=64,
@@ -140,8 +143,8 @@ TINY_DEFAULTS = dict(
 )
 TINY_ENV_DEFAULTS = {
     "lockbox": dict(steps=60, lr=1e-3, max_prompt=48, max_reply=16, tiny_hidden=64, tiny_layers=2, warm_steps=400),
-    "minesweeper": dict(size=4, mines=2, turns=9),
-    "sokoban": dict(boxes=1, warm_steps=800),
+    "minesweeper": dict(size=4, mines=3, turns=10),
+    "sokoban": dict(boxes=1),
 }
 
 
@@ -322,7 +325,7 @@ def warm_policy(config: Config) -> Path:
     model = Qwen3ForCausalLM(tiny_shape(config, len(tokenizer), tokenizer.eos_token_id))
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
     turns, num_trials = [], 0
-    bar = tqdm(range(config.warm_steps), desc=f"warm start on {env.name}", disable=config.warm_steps == 0)
+    bar = tqdm(range(config.warm_steps), desc=f"warm start on {env.name}", mininterval=1, file=sys.stderr)
     for step in bar:
         while len(turns) < 4 * config.warm_batch:  # a pool of several trials, so that a batch mixes them
             num_trials += 1
@@ -437,12 +440,14 @@ EVAL_SEED = 2**31  # evaluation tasks have seeds from here on, training tasks be
 
 
 def summarize(trials: Sequence[Trial], episodes: int, device: str = "cpu") -> dict[str, Any]:
-    """Means over the trials of all processes: success after 1..N episodes, return G_0(0), share of valid replies."""
+    """Over the trials of all processes: success after 1..N episodes, return G_0(0), share of valid replies, counts."""
     turns = [turn for trial in trials for turn in trial.turns]
     won = [sum(trial.success_after(k + 1) for trial in trials) for k in range(episodes)]
-    sums = [len(trials), len(turns), sum(t.turns[0].ret for t in trials), sum(t.is_valid for t in turns), *won]
-    num_trials, num_turns, returns, valid, *won = all_reduce_sum(sums, device)
-    return {"success": [w / num_trials for w in won], "return": returns / num_trials, "valid": valid / num_turns}
+    sums = [len(trials), sum(trial.turns[0].ret for trial in trials), sum(turn.is_valid for turn in turns), len(turns)]
+    sums += [sum(len(turn.reply_ids) for turn in turns), sum(trial.num_shortened for trial in trials)]
+    num_trials, returns, valid, num_turns, num_tokens, num_shortened, *won = all_reduce_sum([*sums, *won], device)
+    means = {"success": [w / num_trials for w in won], "return": returns / num_trials, "valid": valid / num_turns}
+    return means | {"turns": int(num_turns), "reply_tokens": int(num_tokens), "shortened": int(num_shortened)}
 
 
 def evaluate(config: Config, sampler: Any, step: int, rank: int, world: int) -> tuple[dict[str, Any], list[Trial]]:
@@ -464,14 +469,10 @@ def prepare(argv: Sequence[str]) -> tuple[Config, int]:
     if "resume" not in given:
         config = resolve(Config(**given))
         if config.out is None:
-            stem = Path(
-                "runs", make_env(config.env).name if config.env.endswith(".py") else Path(config.env.split(":")[0]).stem
-            )
-            config.out = next(str(p) for i in range(1, 10**6) if not (p := Path(f"{stem}-{i}")).exists())
+            stem = Path("runs", env_of(config).name)
+            config.out = next(str(path) for i in range(1, 10**6) if not (path := Path(f"{stem}-{i}")).exists())
         elif checkpoints(config.out):
-            raise ValueError(
-                f"--out {config.out} holds a run already; go on with --resume {config.out} or choose another folder"
-            )
+            raise ValueError(f"--out {config.out} holds a run already; --resume it, or choose another folder")
         return config, 0
     run = given.pop("resume")
     done = checkpoints(run)
@@ -516,9 +517,7 @@ def start_run(config: Config, done: int) -> tuple[Any, lamer.Optimizer, Any, int
 
     needed = len(next(lamer.run_trial(env, EVAL_SEED, 1, chat, style=config.style, max_prompt=10**9)).ids)
     if needed > config.max_prompt:
-        raise ValueError(
-            f"one turn of {env.name} needs a prompt of {needed} tokens, --max_prompt is {config.max_prompt}"
-        )
+        raise ValueError(f"one turn of {env.name} needs {needed} prompt tokens, --max_prompt is {config.max_prompt}")
     return model, optimizer, make_sampler(config, model, chat), rank, world
 
 
@@ -553,55 +552,49 @@ def main(argv: Sequence[str]) -> None:
 
     tasks = range(rank, config.num_tasks, world)  # every process plays whole groups
     ids = [task * config.group_size + member for task in tasks for member in range(config.group_size)]
-    bar = tqdm(total=config.steps, initial=done, desc=config.env, disable=rank > 0, file=sys.stderr)
-    if config.eval_every and done == 0:
-        evaluate_and_log(0)
-    for step in range(done, config.steps):
-        clock = [time.perf_counter()]
-        sampling = Sampling(config.seed, step, config.temperature)
-        seeds = [derive_seed("task", config.seed, step, i // config.group_size) % EVAL_SEED for i in ids]
-        trials = rollout(config, sampler, seeds, ids, sampling)
-        clock.append(time.perf_counter())
+    with tqdm(total=config.steps, initial=done, desc=config.env, disable=rank > 0, file=sys.stderr) as bar:
+        if config.eval_every and done == 0:
+            evaluate_and_log(0)
+        for step in range(done, config.steps):
+            clock = [time.perf_counter()]
+            sampling = Sampling(config.seed, step, config.temperature)
+            seeds = [derive_seed("task", config.seed, step, i // config.group_size) % EVAL_SEED for i in ids]
+            trials = rollout(config, sampler, seeds, ids, sampling)
+            clock.append(time.perf_counter())
 
-        lamer.compute_returns(trials, config.credit, config.gamma_step, config.gamma_traj, config.invalid_penalty)
-        groups = [trials[i : i + config.group_size] for i in range(0, len(trials), config.group_size)]
-        lamer.compute_advantages(groups, config.estimator, config.norm, config.step_weight)
-        clock.append(time.perf_counter())
+            lamer.compute_returns(trials, config.credit, config.gamma_step, config.gamma_traj, config.invalid_penalty)
+            groups = [trials[i : i + config.group_size] for i in range(0, len(trials), config.group_size)]
+            lamer.compute_advantages(groups, config.estimator, config.norm, config.step_weight)
+            clock.append(time.perf_counter())
 
-        stats = lamer.update(
-            model,
-            optimizer,
-            trials,
-            ids,
-            sampling,
-            vocab_size=sampler.chat.vocab_size,
-            clip=config.clip,
-            entropy_bonus=config.entropy_bonus,
-            minibatch=config.minibatch,
-            microbatch_tokens=config.microbatch_tokens,
-            grad_clip=config.grad_clip,
-        )
-        clock.append(time.perf_counter())
+            stats = lamer.update(
+                model,
+                optimizer,
+                trials,
+                ids,
+                sampling,
+                vocab_size=sampler.chat.vocab_size,
+                clip=config.clip,
+                entropy_bonus=config.entropy_bonus,
+                minibatch=config.minibatch,
+                microbatch_tokens=config.microbatch_tokens,
+                grad_clip=config.grad_clip,
+            )
+            clock.append(time.perf_counter())
 
-        row = {"step": step + 1, **summarize(trials, config.episodes, config.device), **stats}
-        num_turns = sum(len(trial.turns) for trial in trials)
-        num_tokens = sum(len(turn.reply_ids) for trial in trials for turn in trial.turns)
-        num_shortened = sum(trial.num_shortened for trial in trials)
-        num_turns, num_tokens, num_shortened = all_reduce_sum([num_turns, num_tokens, num_shortened], config.device)
-        spent = [round(end - begin, 3) for begin, end in pairwise(clock)]
-        row |= {"seconds": dict(zip(("rollout", "credit", "update"), spent, strict=True))}
-        row |= {"tokens_per_second": round(num_tokens / (clock[1] - clock[0])), "peak_gb": peak_gb(config.device)}
-        row |= {"turns": int(num_turns), "reply_tokens": int(num_tokens), "shortened": int(num_shortened)}
-        log("metrics.jsonl", row)
-        shown = dict(success=percent(row["success"]), ret=f"{row['return']:.2f}", valid=f"{row['valid']:.0%}")
-        bar.set_postfix(**shown, tok_s=row["tokens_per_second"], refresh=False)
-        bar.update()
-        is_last = step + 1 == config.steps
-        if config.eval_every and (is_last or (step + 1) % config.eval_every == 0):
-            evaluate_and_log(step + 1)
-        if rank == 0 and (is_last or (config.save_every and (step + 1) % config.save_every == 0)):
-            save_checkpoint(config, step + 1, model, optimizer, sampler.chat.tokenizer)
-    bar.close()
+            row = {"step": step + 1, **summarize(trials, config.episodes, config.device), **stats}
+            spent = [round(end - begin, 3) for begin, end in pairwise(clock)]
+            row |= {"seconds": dict(zip(("rollout", "credit", "update"), spent, strict=True))}
+            row |= {"tokens_per_second": round(row["reply_tokens"] / spent[0]), "peak_gb": peak_gb(config.device)}
+            log("metrics.jsonl", row)
+            shown = dict(success=percent(row["success"]), ret=f"{row['return']:.2f}", valid=f"{row['valid']:.0%}")
+            bar.set_postfix(**shown, tok_s=row["tokens_per_second"], refresh=False)
+            bar.update()
+            is_last = step + 1 == config.steps
+            if config.eval_every and (is_last or (step + 1) % config.eval_every == 0):
+                evaluate_and_log(step + 1)
+            if rank == 0 and (is_last or (config.save_every and (step + 1) % config.save_every == 0)):
+                save_checkpoint(config, step + 1, model, optimizer, sampler.chat.tokenizer)
     if rank == 0:
         print(f"done: python eval.py --model {config.out}", file=sys.stderr)
     if world > 1:
@@ -617,14 +610,11 @@ def peak_gb(device: str) -> float:
     """Peak memory so far: of the GPU, or of the process."""
     if device.startswith("cuda"):
         return round(torch.cuda.max_memory_allocated() / 1e9, 3)
-    return round(
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9, 3
-    )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kilobytes, on macOS bytes
+    return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e9, 3)
 
 
 if __name__ == "__main__":
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     try:
         main(sys.argv[1:])
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""Rollout speed of the two samplers on the same trials, in turn, in one process: prints tokens per second and the ratio.
+"""Rollout speed of the two samplers on the same trials, in turn, in one process: tokens per second and their ratio.
 
 python bench/samplers.py --env minesweeper --rounds 5          from the project's root; options as in train.py
 """
@@ -36,7 +36,8 @@ def main(argv: list[str]) -> None:
     for kind, spent in seconds.items():
         median = sorted(spent[1:])[rounds // 2]
         print(
-            f"{kind:9s} {median:7.2f} s a rollout (median of {rounds}), {tokens / spent[-1]:8.0f} reply tokens/s in the last"
+            f"{kind:9s} {median:7.2f} s a rollout (median of {rounds}), "
+            f"{tokens / spent[-1]:8.0f} reply tokens/s in the last"
         )
     ratios = sorted(b / a for a, b in zip(seconds["slots"][1:], seconds["generate"][1:], strict=True))
     print(f"generate / slots: median {ratios[rounds // 2]:.2f}, from {ratios[0]:.2f} to {ratios[-1]:.2f}")
