@@ -21,10 +21,12 @@ import importlib.util
 import inspect
 import random
 import re
+import sys
 import zlib
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -147,7 +149,9 @@ class Lockbox(Env):
         text = " ".join((between(reply, "<action>", "</action>") or "").lower().split())
         match = re.fullmatch(r"peek|leave|open ([0-9]{1,9})", text)
         is_valid = bool(match) and (match[1] is None or 1 <= int(match[1]) <= self.codes)
-        return (text, True) if is_valid else ("nothing", False)
+        if not is_valid:
+            return "nothing", False
+        return (f"open {int(match[1])}" if match[1] else text), True
 
     def scripted(self, skill: float, rng: random.Random, memory: Sequence[str] = ()) -> str:
         known = re.findall(r"code (\d+)", " ".join(memory))
@@ -275,7 +279,7 @@ class MineSweeper(Env):
 
     name = "minesweeper"
     is_markov = True
-    warm_skill = 0.15
+    warm_skill = 0.0
     reply_format = "Think step by step, then give one cell as (row, col) inside <action> </action>."
 
     def __init__(self, size: int = 6, mines: int = 3, turns: int = 7, original: bool = False):
@@ -296,7 +300,7 @@ class MineSweeper(Env):
         """Begin an episode on a given board."""
         self.numbers, self.shown = list(numbers), list(shown)
         self.turns = 0
-        self.lost = "?" not in set(self.numbers) and set(self.shown) == {"?"}
+        self.lost = set(self.shown) == {"?"}  # a dead board of the original: nothing opened, every click loses
         self.won = False
 
     def step(self, action: tuple[int, int]) -> tuple[str, float, bool, bool, dict[str, Any]]:
@@ -351,13 +355,13 @@ class MineSweeper(Env):
         closed = [i for i, shown in enumerate(self.shown) if shown == "?"]
         past = [re.findall(r"[?.*\d](?![:\d])", re.sub(r"Row \d+:", "", text)) for text in memory]
         past = [cells for cells in past if len(cells) == len(self.shown)]
-        remembered = [i for i in closed if any(cells[i] not in "?*" for cells in past)]
+        options = closed
         if rng.random() < skill:  # the expert sees the mines: first the cells that cascade, then the others
             options = [i for i in closed if self.numbers[i] == "."] or [i for i in closed if self.numbers[i] != "*"]
-        elif remembered and rng.random() < 0.7:
-            options = [i for i in remembered if any(cells[i] == "." for cells in past)] or remembered
-        else:
-            options = [i for i in closed if not any(cells[i] == "*" for cells in past)]
+        elif rng.random() < 0.5:  # the novice reads: first what was seen to cascade, then what was safe, never a mine
+            safe = [i for i in closed if any(cells[i] not in "?*" for cells in past)]
+            options = [i for i in safe if any(cells[i] == "." for cells in past)] or safe
+            options = options or [i for i in closed if all(cells[i] != "*" for cells in past)]
         cell = rng.choice(options or closed or [0])
         return f"<action>({cell // self.size + 1}, {cell % self.size + 1})</action>"
 
@@ -510,35 +514,34 @@ def pull_apart(
     free = set(floor)
     target_bits = sum(1 << t for t in targets)
     seen, best = set(), (tuple(targets), player, 0)
-    stack = [(player, tuple(targets), 0, target_bits, 0, -1, depth - 1)]
+    stack = [((player, 0, target_bits), tuple(targets), 0, -1, depth - 1)]
     while stack and len(seen) < 300_000:
-        player, positions, pulled, unpulled, swaps, last, depth_left = stack.pop()
-        state = (player, pulled, unpulled)
+        state, positions, swaps, last, depth_left = stack.pop()
         if depth_left <= 0 or state in seen:
             continue
         seen.add(state)
+        player, pulled, unpulled = state
         occupied = pulled | unpulled
         if swaps and not (occupied | 1 << player) & target_bits:
             score = swaps * room_displacement(size, targets, positions)
             if score > best[2]:
                 best = (positions, player, score)
         for delta in (1, -1, size, -size):  # pushed last to first, so that the stack tries up, down, left, right
-            cell = player + delta
+            cell, behind = player + delta, 1 << player - delta
             if cell not in free or occupied >> cell & 1:
                 continue
-            behind = player - delta
-            if occupied >> behind & 1:
-                which = positions.index(behind)
-                moved = positions[:which] + (player,) + positions[which + 1 :]
-                was, now = ~(1 << behind), 1 << player
-                step = swaps + (which != last)
-                stack.append((cell, moved, pulled & was | now, unpulled & was, step, which, depth_left - 1))
-            else:
-                stack.append((cell, positions, pulled, unpulled, swaps, last, depth_left - 1))
+            if occupied & behind:
+                after = (cell, pulled & ~behind | 1 << player, unpulled & ~behind)
+                if after not in seen:
+                    which = positions.index(player - delta)
+                    moved = (*positions[:which], player, *positions[which + 1 :])
+                    stack.append((after, moved, swaps + (which != last), which, depth_left - 1))
+            elif (after := (cell, pulled, unpulled)) not in seen:
+                stack.append((after, positions, swaps, last, depth_left - 1))
     return best
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=256)
 def make_level(
     seed: int, size: int = 6, boxes: int = 2, min_solution: int = 5, max_solution: int = 21, original: bool = False
 ) -> Level:
@@ -574,7 +577,7 @@ class Sokoban(Env):
 
     name = "sokoban"
     is_markov = True
-    warm_skill = 0.6
+    warm_skill = 0.5
     reply_format = "Think step by step, then give up to three moves separated by commas inside <action> </action>."
 
     def __init__(
@@ -698,23 +701,31 @@ def env_class(name: str) -> type[Env]:
     if name in ENVS:
         return ENVS[name]
     path, colon, class_name = name.rpartition(":")
-    if not colon:
+    if not colon or not path.endswith(".py"):
         raise ValueError(
             f"no environment is called {name!r}; use {', '.join(ENVS)} or a file of yours as file.py:Class"
         )
     if not Path(path).is_file():
         raise ValueError(f"--env {name}: there is no file {path}")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise ValueError(f"--env {name}: {path} cannot be loaded: {type(error).__name__}: {error}") from error
-    cls = getattr(module, class_name, None)
+    cls = getattr(load_module(path, Path(path).stat().st_mtime_ns), class_name, None)
     if not inspect.isclass(cls) or not (hasattr(cls, "reset") and hasattr(cls, "step")):
         raise ValueError(f"--env {name}: {path} has no class {class_name} with reset and step")
     # A plain Gymnasium-style class gets the defaults of Env for whatever it does not define itself.
-    return cls if issubclass(cls, Env) else type(cls.__name__, (cls, Env), {"name": class_name.lower()})
+    name = getattr(cls, "name", class_name.lower())
+    return cls if issubclass(cls, Env) else type(cls.__name__, (cls, Env), {"name": name})
+
+
+@lru_cache(maxsize=16)
+def load_module(path: str, version: int) -> ModuleType:
+    """The user's file as a module, run once as long as it does not change."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pickles look their module up
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"{path} cannot be loaded: {type(error).__name__}: {error}") from error
+    return module
 
 
 def make_env(name: str, **options: Any) -> Env:

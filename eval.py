@@ -122,6 +122,14 @@ def prepare(argv: Sequence[str]) -> tuple[EvalConfig, Config, str]:
     given = EvalConfig(**train.parse_flags(EvalConfig, argv, __doc__))
     if given.model is None:
         raise ValueError("--model is needed: a run folder, a checkpoint folder, or a hub name")
+    if given.temperature is not None and given.temperature < 0:
+        raise ValueError(f"--temperature must be 0 (the likeliest token) or more, got {given.temperature}")
+    if given.top_p is not None and not 0 < given.top_p <= 1:
+        raise ValueError(f"--top_p must be above 0 and at most 1, got {given.top_p}")
+    if given.num_tasks < 1:
+        raise ValueError(f"--num_tasks must be at least 1, got {given.num_tasks}")
+    if given.json and not Path(given.json).absolute().parent.is_dir():
+        raise ValueError(f"--json {given.json}: there is no such folder")
     done = train.checkpoints(given.model)
     source = str(done[max(done)]) if done else given.model
     saved = train.saved_config(source)
@@ -143,7 +151,7 @@ def prepare(argv: Sequence[str]) -> tuple[EvalConfig, Config, str]:
 def main(argv: Sequence[str]) -> None:
     try:
         given, config, source = prepare(argv)
-        train.env_of(config).reset(EVAL_SEED)
+        train.env_of(config).reset(seed=EVAL_SEED)
         model, chat = train.load_policy(source, config.dtype, config.device)
         sampler = train.make_sampler(config, model, chat)
         paper = dict(temperature=0.7, top_p=0.8, top_k=20)
@@ -176,3 +184,5 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except KeyboardInterrupt:
         sys.exit("eval.py: stopped")
+    except OSError as error:
+        sys.exit(f"eval.py: {error}")

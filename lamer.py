@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from envs import Env, between
@@ -143,7 +143,7 @@ def run_trial(
         return ids[: max_prompt // 2] + ids[len(ids) - (max_prompt - max_prompt // 2) :]
 
     for episode in range(episodes):
-        initial, _ = env.reset(seed)
+        initial, _ = env.reset(seed=seed)
         observation, records, done = initial, [], False
         seen = trial.past if borrowed is None else borrowed[:episode]
         while not done:
@@ -587,21 +587,15 @@ class GenerateSampler:
 
     def generate(self, prompts: list[list[int]], ids: Sequence[int], turn: int, sampling: Sampling) -> list[Reply]:
         """Reply to every prompt."""
-        tokens, draw = (
-            pad(prompts, left=True).to(self.model.device),
-            DrawTokens(ids, turn, sampling, self.chat.vocab_size),
-        )
+        tokens = pad(prompts, left=True).to(self.model.device)  # (B, L)
+        draw = DrawTokens(ids, turn, sampling, self.chat.vocab_size)
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=tokens.device)
         is_content = torch.arange(tokens.shape[1], device=tokens.device) >= tokens.shape[1] - lengths[:, None]
-        self.model.generate(
-            tokens,
-            attention_mask=is_content.long(),
-            do_sample=False,
-            max_new_tokens=self.max_reply,
-            eos_token_id=sorted(self.chat.stop_ids),
-            pad_token_id=0,
-            logits_processor=LogitsProcessorList([draw]),
+        plain = GenerationConfig(  # not the model's own: a repetition penalty, say, would make it another policy
+            do_sample=False, max_new_tokens=self.max_reply, eos_token_id=sorted(self.chat.stop_ids), pad_token_id=0
         )
+        model_options = dict(attention_mask=is_content.long(), logits_processor=LogitsProcessorList([draw]))
+        self.model.generate(tokens, generation_config=plain, **model_options)
         replies = []
         for sampled, logps in zip(
             torch.stack(draw.tokens, 1).tolist(), torch.stack(draw.logps, 1).tolist(), strict=True
@@ -733,7 +727,7 @@ def reply_logps(
     temperature: float,
     vocab_size: int,
     need_entropy_grad: bool = False,
-    chunk: int = 4096,
+    chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of all reply tokens of the turns in order, and the entropies they were drawn from: (T,), (T,).
 
@@ -755,6 +749,7 @@ def reply_logps(
             entropy = -(logps.exp() * logps).sum(-1)  # (C,)
         return logps.gather(-1, targets[:, None])[:, 0], entropy
 
+    chunk = chunk or max(1, 2**26 // vocab_size)  # 256 MB of fp32 logits at a time
     pieces = [
         checkpoint(score, h, t, use_reentrant=False)
         for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True)
@@ -801,11 +796,17 @@ class Optimizer:
         """Takes an fp32 model and turns its weights into `dtype`."""
         self.weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.masters = {n: p if dtype == torch.float32 else p.detach().clone() for n, p in self.weights.items()}
-        model.to(dtype)
+        for weight in self.weights.values():  # not model.to(dtype): rotary frequencies must stay fp32
+            weight.data = weight.data.to(dtype)
         self.adamw = torch.optim.AdamW(self.masters.values(), lr=lr, weight_decay=weight_decay)
         for name, weight in self.weights.items():
             if weight is not self.masters[name]:
                 weight.register_post_accumulate_grad_hook(self.accumulate(self.masters[name]))
+
+    def state_dict(self, model: Any) -> dict[str, Tensor]:
+        """The model's state with fp32 masters in place of its weights, under all names that share one (tied layers)."""
+        masters = {weight.data_ptr(): self.masters[name] for name, weight in self.weights.items()}
+        return {name: masters.get(value.data_ptr(), value) for name, value in model.state_dict().items()}
 
     @staticmethod
     def accumulate(master: Tensor) -> Callable[[Tensor], None]:
@@ -888,9 +889,8 @@ def update(
             losses, is_clipped = clipped_loss(logps, old, advantages, clip)
             ((losses.sum() - entropy_bonus * entropy.sum()) / count).backward()
             with torch.no_grad():
-                kl = (old - logps).expm1() - (
-                    old - logps
-                )  # k3: unbiased, never negative, KL(sampling policy || policy)
+                change = logps - old
+                kl = change.expm1() - change  # k3, an unbiased and never negative estimate of KL(sampler || policy)
                 sums += torch.stack([losses.sum(), entropy.sum(), is_clipped.sum(), kl.sum()]).double()
         norms.append(optimizer.step(grad_clip))
     model.eval()

@@ -20,27 +20,40 @@ Simplifications against the paper and the official code:
 
 import argparse
 import hashlib
+import inspect
 import json
 import os
 import random
 import re
-import resource
 import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 import torch
 import torch.distributed as dist
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 from transformers.utils import logging as transformers_logging
 
 import lamer
@@ -115,6 +128,17 @@ class Config:
     warm_lr: float = 2e-3  # peak learning rate of imitation
 
 
+# What may change when a run is resumed: nothing that changes the numbers, but for how long it goes on.
+RESUME_OPTIONS = (
+    "steps",
+    "eval_every",
+    "save_every",
+    "keep",
+    "device",
+    "slots",
+    "microbatch_tokens",
+    "grad_checkpoint",
+)
 ENV_OPTIONS = ("size", "mines", "turns", "boxes", "min_solution", "max_solution", "codes")
 CHOICES = {
     "memory": lamer.MEMORIES,
@@ -131,9 +155,9 @@ DEFAULTS = dict(
 )
 ENV_DEFAULTS = {"lockbox": dict(episodes=2), "sokoban": dict(gamma_traj=0.9)}
 TINY_DEFAULTS = dict(
-    steps=100,
+    steps=80,
     style="compact",
-    lr=6e-4,
+    lr=3e-4,
     minibatch=256,
     max_prompt=192,
     max_reply=64,
@@ -143,7 +167,7 @@ TINY_DEFAULTS = dict(
 )
 TINY_ENV_DEFAULTS = {
     "lockbox": dict(steps=60, lr=1e-3, max_prompt=48, max_reply=16, tiny_hidden=64, tiny_layers=2, warm_steps=400),
-    "minesweeper": dict(size=4, mines=3, turns=10),
+    "minesweeper": dict(steps=100, size=4, mines=2, turns=9),
     "sokoban": dict(boxes=1),
 }
 
@@ -152,14 +176,15 @@ def resolve(config: Config) -> Config:
     """Fill in what was left open, by environment and kind of policy; ValueError for what cannot be."""
     config.device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     config.model = config.model or ("tiny" if config.device == "cpu" else "Qwen/Qwen3-4B")
+    if found := checkpoints(config.model):  # a run folder stands for its newest checkpoint
+        config.model = str(found[max(found)])
     config.dtype = config.dtype or ("float32" if config.device == "cpu" else "bfloat16")
     saved = saved_config(config.model)
     is_small = config.model == "tiny" or saved.get("style") == "compact"
     tables = [DEFAULTS, ENV_DEFAULTS.get(config.env, {})]
     tables += [TINY_DEFAULTS, TINY_ENV_DEFAULTS.get(config.env, {})] if is_small else []
-    is_own_task = any(getattr(config, name) is not None for name in ENV_OPTIONS)
     for name, value in {k: v for table in tables for k, v in table.items()}.items():
-        if getattr(config, name) is None and not (is_own_task and name in ENV_OPTIONS):
+        if getattr(config, name) is None:
             setattr(config, name, value)
     if config.episodes == 1:
         config.memory = "none"
@@ -167,9 +192,8 @@ def resolve(config: Config) -> Config:
         if getattr(config, name) not in allowed:
             raise ValueError(f"--{name} must be one of {', '.join(allowed)}, not {getattr(config, name)!r}")
     low = dict(steps=0, episodes=1, num_tasks=1, group_size=2, minibatch=1, slots=1, max_prompt=1, max_reply=1, keep=1)
-    low |= dict(
-        eval_every=0, save_every=0, eval_tasks=1, microbatch_tokens=1, tiny_hidden=8, tiny_layers=1, warm_steps=0
-    )
+    low |= dict(eval_every=0, save_every=0, eval_tasks=1, microbatch_tokens=1, seed=0)
+    low |= dict(tiny_hidden=8, tiny_layers=1, warm_steps=1, warm_batch=1)
     for name, least in low.items():
         if getattr(config, name) is not None and getattr(config, name) < least:
             why = " (advantages compare the trials of a group)" if name == "group_size" else ""
@@ -219,7 +243,11 @@ def load_policy(name: str, dtype: str, device: str) -> tuple[Any, Chat]:
     if looks_local and not Path(name, "config.json").is_file():
         raise ValueError(f"--model {name}: no config.json there; give a run folder, a checkpoint folder or a hub name")
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype)).to(device).eval()
+        shape = AutoConfig.from_pretrained(name)
+        for key, value in vars(shape).items():  # dropout would make the policy trained another than the one sampled
+            if isinstance(value, float) and ("dropout" in key or key.endswith("pdrop")):
+                setattr(shape, key, 0.0)
+        model = AutoModelForCausalLM.from_pretrained(name, config=shape, dtype=getattr(torch, dtype)).to(device).eval()
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # transformers, safetensors and the hub each have exceptions of their own
         reason = next(iter(str(error).strip().splitlines()), "")
@@ -311,10 +339,14 @@ def warm_policy(config: Config) -> Path:
     episodes = max(config.episodes, ENV_DEFAULTS.get(config.env, {}).get("episodes", DEFAULTS["episodes"]))  # RL's too
     play = dict(episodes=episodes, style="compact", max_prompt=config.max_prompt)
     recorder, rng, env = Recorder(), random.Random(config.seed), env_of(config)
-    for seed in range(64):
-        scripted_trial(env, seed, chat=recorder, skill=env.warm_skill, rng=rng, **play)
+    try:
+        for seed in range(64):
+            scripted_trial(env, seed, chat=recorder, skill=env.warm_skill, rng=rng, **play)
+    except NotImplementedError as error:
+        raise ValueError(f"{error}, which the tiny policy's warm start needs; give another --model") from error
     options = {k: v for k, v in asdict(config).items() if k == "seed" or k.startswith(("tiny_", "warm_"))}
-    key = hashlib.sha256(json.dumps([recorder.texts, play, options]).encode()).hexdigest()[:12]
+    code = [inspect.getsource(function) for function in (warm_policy, imitate, make_tokenizer, tiny_shape)]
+    key = hashlib.sha256(json.dumps([code, recorder.texts, play, options]).encode()).hexdigest()[:12]
     folder = Path(os.environ.get("LAMER_CACHE", "~/.cache/lamer")).expanduser() / f"tiny-{env.name}-{key}"
     if folder.is_dir():
         return folder
@@ -323,24 +355,37 @@ def warm_policy(config: Config) -> Path:
     chat = Chat(tokenizer)
     torch.manual_seed(config.seed)
     model = Qwen3ForCausalLM(tiny_shape(config, len(tokenizer), tokenizer.eos_token_id))
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
+    optimizers = [  # Muon needs about two thirds of AdamW's steps to learn to copy
+        torch.optim.Muon(matrices, lr=10 * config.warm_lr, weight_decay=0.0),
+        torch.optim.AdamW(others, lr=config.warm_lr, betas=(0.9, 0.98), weight_decay=0.01),
+    ]
+    schedule = partial(warm_up_and_down, steps=config.warm_steps)
+    schedulers = [torch.optim.lr_scheduler.LambdaLR(optimizer, schedule) for optimizer in optimizers]
     turns, num_trials = [], 0
     bar = tqdm(range(config.warm_steps), desc=f"warm start on {env.name}", mininterval=1, file=sys.stderr)
-    for step in bar:
+    for _ in bar:
         while len(turns) < 4 * config.warm_batch:  # a pool of several trials, so that a batch mixes them
             num_trials += 1
             seed = derive_seed("warm", config.seed, num_trials) % 2**31
             turns += scripted_trial(env, seed, chat=chat, skill=env.warm_skill, rng=rng, **play).turns
         rng.shuffle(turns)
         batch, turns = turns[: config.warm_batch], turns[config.warm_batch :]
-        for group in optimizer.param_groups:
-            group["lr"] = config.warm_lr * min(1, (step + 1) / 50) * max(0.02, 1 - step / config.warm_steps)
         bar.set_postfix(loss=f"{imitate(model, batch, config.microbatch_tokens):.3f}", refresh=False)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
+            optimizer.step()
+            scheduler.step()
+        model.zero_grad()
+    config = replace(config, episodes=episodes, memory="reflection", style="compact", out=None)
     save_folder(folder, lambda path: save_policy(path, model, model.state_dict(), tokenizer, config, 0))
     return folder
+
+
+def warm_up_and_down(step: int, steps: int) -> float:
+    """Learning-rate factor: up over 50 steps, then linearly down to a fiftieth."""
+    return min(1.0, (step + 1) / 50) * max(0.02, 1 - step / steps)
 
 
 def imitate(model: Any, turns: Sequence[Turn], microbatch_tokens: int) -> float:
@@ -366,14 +411,15 @@ def imitate(model: Any, turns: Sequence[Turn], microbatch_tokens: int) -> float:
 
 
 def save_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Write a folder under another name and rename it when complete; a failure leaves earlier ones as they were."""
-    draft = folder.with_name(f"{folder.name}.unfinished")
+    """Write a folder under another name and rename it when complete; what was there before stays as it was."""
+    draft = folder.with_name(f"{folder.name}.{os.getpid()}.unfinished")
     try:
-        shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
         write(draft)
-        shutil.rmtree(folder, ignore_errors=True)
-        draft.rename(folder)
+        if folder.exists():  # another process made the same one meanwhile
+            shutil.rmtree(draft)
+        else:
+            draft.rename(folder)
     except Exception as error:  # a full disk shows as OSError, RuntimeError or SafetensorError, by library
         shutil.rmtree(draft, ignore_errors=True)
         reason = next(iter(str(error).strip().splitlines()), "")
@@ -393,7 +439,7 @@ def save_checkpoint(config: Config, step: int, model: Any, optimizer: lamer.Opti
     """Save the fp32 weights and the optimizer after `step` steps, then drop all but the newest `keep` checkpoints."""
 
     def write(folder: Path) -> None:
-        save_policy(folder, model, model.state_dict() | optimizer.masters, tokenizer, config, step)
+        save_policy(folder, model, optimizer.state_dict(model), tokenizer, config, step)
         torch.save(optimizer.adamw.state_dict(), folder / "optimizer.pt")
 
     save_folder(Path(config.out, f"step_{step:06d}"), write)
@@ -408,9 +454,11 @@ def checkpoints(run: str | Path) -> dict[int, Path]:
 
 def trim_log(path: Path, steps: int) -> None:
     """Drop the rows of steps that will be done again."""
-    rows = [line for line in path.read_text().splitlines() if line.strip()] if path.exists() else []
-    kept = [line for line in rows if json.loads(line)["step"] <= steps]
-    path.write_text("".join(f"{line}\n" for line in kept))
+    lines = path.read_text().splitlines() if path.exists() else []
+    whole = [line for line in lines if line.endswith("}")]  # a killed run may leave half a line
+    draft = path.with_suffix(".unfinished")
+    draft.write_text("".join(f"{line}\n" for line in whole if json.loads(line)["step"] <= steps))
+    draft.replace(path)
 
 
 # ------------------------------------------------------------------------------ rollout and evaluation
@@ -443,7 +491,12 @@ def summarize(trials: Sequence[Trial], episodes: int, device: str = "cpu") -> di
     """Over the trials of all processes: success after 1..N episodes, return G_0(0), share of valid replies, counts."""
     turns = [turn for trial in trials for turn in trial.turns]
     won = [sum(trial.success_after(k + 1) for trial in trials) for k in range(episodes)]
-    sums = [len(trials), sum(trial.turns[0].ret for trial in trials), sum(turn.is_valid for turn in turns), len(turns)]
+    sums = [
+        len(trials),
+        sum(trial.turns[0].ret + trial.turns[0].penalty for trial in trials),
+        sum(turn.is_valid for turn in turns),
+        len(turns),
+    ]
     sums += [sum(len(turn.reply_ids) for turn in turns), sum(trial.num_shortened for trial in trials)]
     num_trials, returns, valid, num_turns, num_tokens, num_shortened, *won = all_reduce_sum([*sums, *won], device)
     means = {"success": [w / num_trials for w in won], "return": returns / num_trials, "valid": valid / num_turns}
@@ -480,7 +533,7 @@ def prepare(argv: Sequence[str]) -> tuple[Config, int]:
         raise ValueError(f"--resume {run}: no complete checkpoint there")
     saved = saved_config(str(done[max(done)]))
     for name, value in given.items():
-        if name not in ("steps", "eval_every", "save_every", "keep", "out", "device") and saved.get(name) != value:
+        if name not in RESUME_OPTIONS and saved.get(name) != value:
             raise ValueError(f"--resume {run}: that run has --{name} {saved.get(name)}, which cannot become {value}")
     return resolve(Config(**{**saved, **given, "out": run, "resume": run})), max(done)
 
@@ -500,6 +553,13 @@ def start_run(config: Config, done: int) -> tuple[Any, lamer.Optimizer, Any, int
         dist.broadcast_object_list(shared)
         config.out = shared[0]
 
+    if rank == 0:
+        try:
+            Path(config.out).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--out {config.out} cannot be made: {error.strerror}") from error
+        for stale in Path(config.out).glob("*.unfinished"):  # of a killed run
+            shutil.rmtree(stale, ignore_errors=True)
     env = env_of(config)
     source = str(checkpoints(config.resume)[done]) if config.resume else config.model
     if source == "tiny":
@@ -529,7 +589,6 @@ def main(argv: Sequence[str]) -> None:
         sys.exit(f"train.py: {error}")
     out = Path(config.out)
     if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
         (out / "config.json").write_text(json.dumps(asdict(config), indent=1))
         for name in ("metrics.jsonl", "evals.jsonl"):
             trim_log(out / name, done)
@@ -544,7 +603,7 @@ def main(argv: Sequence[str]) -> None:
         result, trials = evaluate(config, sampler, step, rank, world)
         log("evals.jsonl", result)
         if rank == 0:
-            (out / f"trials_{step:06d}.txt").write_text("\n\n".join(map(str, trials[:3])))
+            (out / f"trials_{step:06d}.txt").write_text("\n\n".join(map(str, trials[:3])), encoding="utf-8")
             tqdm.write(
                 f"step {step}: on {config.eval_tasks} fixed tasks, success {percent(result['success'])}",
                 file=sys.stderr,
@@ -607,9 +666,11 @@ def percent(shares: Sequence[float]) -> str:
 
 
 def peak_gb(device: str) -> float:
-    """Peak memory so far: of the GPU, or of the process."""
+    """Peak memory so far: of the GPU, or of the process; 0 where the system does not tell."""
     if device.startswith("cuda"):
         return round(torch.cuda.max_memory_allocated() / 1e9, 3)
+    if resource is None:
+        return 0.0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kilobytes, on macOS bytes
     return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e9, 3)
 
@@ -618,4 +679,8 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except KeyboardInterrupt:
-        sys.exit("train.py: stopped; what was saved is complete, --resume goes on from there")
+        sys.exit("train.py: stopped; --resume goes on from the last checkpoint, if one was saved")
+    except OSError as error:
+        sys.exit(f"train.py: {error}; --resume goes on from the last checkpoint, if one was saved")
+    except torch.OutOfMemoryError:
+        sys.exit("train.py: out of GPU memory; lower --slots, then --microbatch_tokens, or give --grad_checkpoint")
