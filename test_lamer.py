@@ -11,11 +11,13 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,9 +34,19 @@ HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="session", autouse=True)
-def cache(tmp_path_factory):
-    """Warm-started policies are made once per test run, in a folder of its own."""
+def cache(tmp_path_factory, request):
+    """Warm-started policies are made once per test run, in a folder of its own.
+
+    The one long run, that of Lockbox, starts here on a core of its own, and is waited for by the last test.
+    """
     os.environ["LAMER_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    torch.set_num_threads(1)
+    if any("learns_to_peek" in item.name for item in request.session.items):
+        request.session.lockbox = tmp_path_factory.mktemp("lockbox")
+        request.session.process = start("train.py", *LOCKBOX, "--out", request.session.lockbox)
+    yield
+    if hasattr(request.session, "process"):
+        request.session.process.kill()
 
 
 def tiny_config(env="minesweeper", **options):
@@ -670,16 +682,24 @@ SMALL = "--env minesweeper --model tiny --device cpu --tiny_hidden 32 --tiny_lay
 SMALL = f"{SMALL} --num_tasks 4 --group_size 4 --eval_tasks 8 --minibatch 40 --eval_every 0".split()
 
 
-def run(*command, expect=0, **options):
-    """Run a command of the project; returns its output. Environment variables of the tests' own processes apply."""
+LOCKBOX = ["--env", "lockbox", "--model", "tiny", "--device", "cpu", "--eval_every", "0"]
+
+
+def start(*command, **options):
+    """Start a command of the project in a process of its own, on one thread."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     if command[0] == "torchrun":
         command = ["-m", "torch.distributed.run", *command[1:]]
-    done = subprocess.run(
-        [sys.executable, *map(str, command)], capture_output=True, text=True, cwd=HERE, env=env, **options
-    )
-    assert done.returncode == expect, done.stderr[-3000:]
-    return done.stdout + done.stderr
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=HERE, env=env)
+    return subprocess.Popen([sys.executable, *map(str, command)], **pipes, **options)
+
+
+def run(*command, expect=0, **options):
+    """Run a command of the project to its end; returns its output."""
+    process = start(*command, **options)
+    text = process.communicate(timeout=900)[0]
+    assert process.returncode == expect, text[-3000:]
+    return text
 
 
 def weights_of(folder):
@@ -716,17 +736,18 @@ def test_a_run_leaves_what_was_promised(finished_run):
 
 
 def test_resume_equals_no_interruption(finished_run, tmp_path):
-    run("train.py", *SMALL, "--steps", 3, "--save_every", 2, "--keep", 1, "--out", tmp_path / "cut")
-    assert list(train.checkpoints(tmp_path / "cut")) == [3]
-    (tmp_path / "cut" / "step_000003").rename(tmp_path / "step_000003")  # as if killed after the save of step 2
-    run("train.py", *SMALL, "--steps", 2, "--out", tmp_path / "half")
-    (tmp_path / "half" / "step_000002").rename(tmp_path / "cut" / "step_000002")
-    run("train.py", "--resume", tmp_path / "cut", "--steps", 4)
+    """As if killed in the fourth step, while writing its row: the third is done again, from the save of the second."""
+    shutil.copytree(finished_run, tmp_path / "cut", ignore=shutil.ignore_patterns("step_000004"))
+    log = tmp_path / "cut" / "metrics.jsonl"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:3]) + '{"step": 4, "succ')
+    run("train.py", "--resume", tmp_path / "cut")
     whole, resumed = weights_of(finished_run / "step_000004"), weights_of(tmp_path / "cut" / "step_000004")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    assert rows(tmp_path / "cut" / "metrics.jsonl", *CLOCKS) == rows(finished_run / "metrics.jsonl", *CLOCKS)
+    for name in ("metrics.jsonl", "evals.jsonl"):
+        assert rows(tmp_path / "cut" / name, *CLOCKS) == rows(finished_run / name, *CLOCKS)
 
 
+@pytest.mark.slow
 def test_bf16_runs_resume_exactly_and_stay_tied(tmp_path):
     flags = [*SMALL, "--dtype", "bfloat16", "--save_every", 1]
     run("train.py", *flags, "--steps", 2, "--out", tmp_path / "whole")
@@ -759,13 +780,11 @@ def test_eval_command(finished_run, tmp_path):
     assert len(result["success"]) == 3 and sum(result["first_actions"].values()) == 16
     assert all(low <= share <= high for share, (low, high) in zip(result["success"], result["ci95"], strict=True))
     assert evaluation.wilson(0, 10) == pytest.approx((0, 0.2775), abs=1e-3)
-    run("eval.py", "--model", finished_run / "step_000002", "--num_tasks", 16, "--json", file)
-    first = json.loads(file.read_text())
     for memory in ("none", "swapped"):
-        run("eval.py", "--model", finished_run / "step_000002", "--num_tasks", 16, "--memory", memory, "--json", file)
+        evaluation.main(["--model", str(finished_run), "--num_tasks", "16", "--memory", memory, "--json", str(file)])
         again = json.loads(file.read_text())
         assert again["memory"] == memory
-        assert again["success"][0] == first["success"][0], "the first episode has no memory to swap or to lose"
+        assert again["success"][0] == result["success"][0], "the first episode has no memory to swap or to lose"
 
 
 MY_GAME = '''
@@ -841,30 +860,28 @@ def test_a_mistake_on_the_real_command_line():
 
 def test_a_full_disk_while_saving_loses_nothing(finished_run, tmp_path):
     resource = pytest.importorskip("resource")
-    run("train.py", *SMALL, "--steps", 1, "--out", tmp_path)
-    before = {path.name: path.read_bytes() for path in (tmp_path / "step_000001").iterdir()}
-    size = before["model.safetensors"].__len__() // 2
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))  # noqa: E731 - stands in for a full disk
-    text = run("train.py", "--resume", tmp_path, "--steps", 2, expect=1, preexec_fn=limit)
+    shutil.copytree(finished_run, tmp_path, dirs_exist_ok=True)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "step_000004").iterdir()}
+    size = len(before["model.safetensors"]) // 2
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, size))  # stands in for a full disk
+    text = run("train.py", "--resume", tmp_path, "--steps", 5, expect=1, preexec_fn=limit)
     assert "cannot save" in text.strip().splitlines()[-1] and "Traceback" not in text
-    assert {path.name: path.read_bytes() for path in (tmp_path / "step_000001").iterdir()} == before
-    assert list(train.checkpoints(tmp_path)) == [1]
+    assert {path.name: path.read_bytes() for path in (tmp_path / "step_000004").iterdir()} == before
+    assert sorted(train.checkpoints(tmp_path)) == [2, 4]
+    assert not list(tmp_path.glob("*.unfinished"))
 
 
 def test_an_interrupted_run_says_so_and_can_go_on(finished_run, tmp_path):
-    command = [sys.executable, "train.py", *SMALL, "--steps", "1000", "--save_every", "1", "--out", str(tmp_path)]
-    process = subprocess.Popen(
-        command, cwd=HERE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+    process = start("train.py", *SMALL, "--steps", 1000, "--save_every", 1, "--out", tmp_path)
     deadline = time.time() + 120
     while not train.checkpoints(tmp_path) and time.time() < deadline:
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    text = process.communicate(timeout=60)[1]
+    text = process.communicate(timeout=60)[0]
     assert process.returncode == 1 and "stopped" in text.strip().splitlines()[-1] and "Traceback" not in text
     last = max(train.checkpoints(tmp_path))
-    run("train.py", "--resume", tmp_path, "--steps", last + 1)
-    assert len(rows(tmp_path / "metrics.jsonl")) == last + 1
+    train.main(["--resume", str(tmp_path), "--steps", str(last + 1)])
+    assert [row["step"] for row in rows(tmp_path / "metrics.jsonl")] == list(range(1, last + 2))
 
 
 def test_an_environment_of_ones_own(policy, tmp_path):
@@ -911,26 +928,9 @@ def action_after(config, sampler, memory, num=64, temperature=1.0):
     return sampler.run([ask(prompt) for prompt in prompts], range(num), Sampling(seed=1, temperature=temperature))
 
 
-def test_lockbox_warm_policy_follows_its_memory_and_rl_learns_to_peek(tmp_path):
-    """The whole claim in miniature: from a policy that can copy, meta-RL finds that peeking first is worth it."""
-    config, sampler = warm("lockbox")
-    for code in (2, 7):
-        actions = action_after(config, sampler, f"code {code}")
-        assert actions.count(f"open {code}") >= 32, "a written code is opened"
-        assert action_after(config, sampler, "nothing").count(f"open {code}") <= 16
-    trials = train.rollout(config, sampler, range(128), range(128), Sampling(seed=9))
-    assert sum(trial.success_after(1) for trial in trials) <= 0.25 * 128, "first episodes are played poorly"
-    run("train.py", "--env", "lockbox", "--model", "tiny", "--device", "cpu", "--eval_every", 0, "--out", tmp_path)
-    run("eval.py", "--model", tmp_path, "--json", tmp_path / "eval.json")
-    result = json.loads((tmp_path / "eval.json").read_text())
-    assert result["success"][0] <= 0.05 and result["success"][1] >= 0.95
-    assert result["first_actions"]["peek"] >= 0.95 * 256
-
-
 @pytest.mark.slow
 def test_lockbox_without_credit_across_episodes_does_not_peek(tmp_path):
-    flags = ["--env", "lockbox", "--model", "tiny", "--device", "cpu", "--eval_every", 0, "--gamma_traj", 0.0]
-    run("train.py", *flags, "--out", tmp_path)
+    run("train.py", *LOCKBOX, "--gamma_traj", 0.0, "--out", tmp_path)
     run("eval.py", "--model", tmp_path, "--json", tmp_path / "eval.json")
     result = json.loads((tmp_path / "eval.json").read_text())
     assert result["first_actions"].get("peek", 0) <= 0.05 * 256
@@ -970,3 +970,21 @@ def test_the_readme_is_true():
     for command in re.findall(r"^(?:python|torchrun .*) (train|eval)\.py (.*?)(?: +#.*)?$", text, flags=re.M):
         cls = train.Config if command[0] == "train" else evaluation.EvalConfig
         train.parse_flags(cls, command[1].split(), "")
+
+
+def test_lockbox_warm_policy_follows_its_memory_and_rl_learns_to_peek(request):
+    """The whole claim in miniature: from a policy that can copy, meta-RL finds that peeking first is worth it."""
+    text = request.session.process.communicate(timeout=600)[0]
+    assert request.session.process.returncode == 0, text[-3000:]
+    config, sampler = warm("lockbox")
+    for code in (2, 7):
+        actions = action_after(config, sampler, f"code {code}")
+        assert actions.count(f"open {code}") >= 32, "a written code is opened"
+        assert action_after(config, sampler, "nothing").count(f"open {code}") <= 16
+    trials = train.rollout(config, sampler, range(128), range(128), Sampling(seed=9))
+    assert sum(trial.success_after(1) for trial in trials) <= 0.25 * 128, "first episodes are played poorly"
+    out = request.session.lockbox
+    evaluation.main(["--model", str(out), "--json", str(out / "eval.json")])
+    result = json.loads((out / "eval.json").read_text())
+    assert result["success"][0] <= 0.05 and result["success"][1] >= 0.95
+    assert result["first_actions"]["peek"] >= 0.95 * 256
