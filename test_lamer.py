@@ -912,20 +912,18 @@ def warm(env, **options):
     return config, train.make_sampler(config, *train.load_policy(str(train.warm_policy(config)), "float32", "cpu"))
 
 
-def action_after(config, sampler, memory, num=64, temperature=1.0):
-    """First actions of a second episode whose memory holds this note."""
+def actions_with(config, sampler, notes):
+    """First actions of second episodes of tasks 0, 1, ..., each with this note from a first episode in its memory."""
     env = train.env_of(config)
-    prompts = []
-    for seed in range(num):
-        initial, _ = env.reset(seed)
-        past = [lamer.Episode([], memory if isinstance(memory, str) else memory(env))]
-        prompts.append(lamer.play_prompt(env, config.style, "reflection", initial, past, 1, []))
 
-    def ask(prompt):
+    def ask(seed, note):
+        initial, _ = env.reset(seed=seed)
+        prompt = lamer.play_prompt(env, config.style, "reflection", initial, [lamer.Episode([], note)], 1, [])
         reply = yield lamer.Prompt("play", sampler.chat.encode(prompt))
         return env.parse(reply.text)[0]
 
-    return sampler.run([ask(prompt) for prompt in prompts], range(num), Sampling(seed=1, temperature=temperature))
+    talks = [ask(seed, note) for seed, note in enumerate(notes)]
+    return sampler.run(talks, range(len(notes)), Sampling(seed=1))
 
 
 @pytest.mark.slow
@@ -939,23 +937,46 @@ def test_lockbox_without_credit_across_episodes_does_not_peek(tmp_path):
 
 @pytest.mark.slow
 def test_minesweeper_warm_policy_follows_its_memory():
-    """Shown the whole board in a note, it keeps off the mines; without a note it does not."""
+    """With the board after a first episode in memory it opens what was safe there; with another board less often."""
     config, sampler = warm("minesweeper")
+    env, rng = train.env_of(config), random.Random(0)
+    boards, safe = [], []
+    for seed in range(256):
+        env.reset(seed=seed)
+        at_start, done = list(env.shown), False
+        while not done:
+            _, _, terminated, truncated, _ = env.step(env.parse(env.scripted(0.0, rng))[0])
+            done = terminated or truncated
+        boards.append(lamer.parse_reflection(env.scripted_reflection(rng))[0])
+        found = [
+            i
+            for i, (before, after) in enumerate(zip(at_start, env.shown, strict=True))
+            if before == "?" != after != "*"
+        ]
+        safe.append({(i // env.size + 1, i % env.size + 1) for i in found})
 
-    def whole_board(env):
-        numbers, n = ["?" if cell == "*" else cell for cell in env.numbers], env.size
-        return "\n".join(f"Row {r + 1}: " + " ".join(numbers[r * n : (r + 1) * n]) for r in range(n))
+    def share_opened(notes):
+        chosen = zip(actions_with(config, sampler, notes), safe, strict=True)
+        return np.mean([action in cells for action, cells in chosen if cells])
 
-    def share_on_mines(memory):
-        env, hits = train.env_of(config), 0
-        for seed, (row, col) in enumerate(action_after(config, sampler, memory, num=256)):
-            env.reset(seed)
-            hits += env.click(row, col)[0] == -0.1
-        return hits / 256
-
-    assert share_on_mines(whole_board) < 0.6 * share_on_mines(""), "what is written changes what is done"
+    assert share_opened(boards) > share_opened(boards[1:] + boards[:1]) + 0.1, "what is written changes what is done"
     trials = train.rollout(config, sampler, range(256), range(256), Sampling(seed=9))
     assert sum(trial.success_after(1) for trial in trials) <= 0.4 * 256, "first episodes are played poorly"
+
+
+@pytest.mark.slow
+def test_sokoban_warm_policy_follows_its_memory():
+    """It starts less often with a move that its memory shows to have failed."""
+    config, sampler = warm("sokoban")
+    for word in MOVES:
+        other = "left" if word != "left" else "right"
+        again, fresh = (
+            sum(action[0] == word for action in actions_with(config, sampler, [f"{note} {note} {note}"] * 256))
+            for note in (word, other)
+        )
+        assert again < 0.9 * fresh, word
+    trials = train.rollout(config, sampler, range(256), range(256), Sampling(seed=9))
+    assert sum(trial.success_after(1) for trial in trials) <= 0.5 * 256, "first episodes are played poorly"
 
 
 def test_the_readme_is_true():
@@ -978,9 +999,10 @@ def test_lockbox_warm_policy_follows_its_memory_and_rl_learns_to_peek(request):
     assert request.session.process.returncode == 0, text[-3000:]
     config, sampler = warm("lockbox")
     for code in (2, 7):
-        actions = action_after(config, sampler, f"code {code}")
-        assert actions.count(f"open {code}") >= 32, "a written code is opened"
-        assert action_after(config, sampler, "nothing").count(f"open {code}") <= 16
+        assert actions_with(config, sampler, [f"code {code}"] * 64).count(f"open {code}") >= 32, (
+            "a written code is opened"
+        )
+        assert actions_with(config, sampler, ["nothing"] * 64).count(f"open {code}") <= 16
     trials = train.rollout(config, sampler, range(128), range(128), Sampling(seed=9))
     assert sum(trial.success_after(1) for trial in trials) <= 0.25 * 128, "first episodes are played poorly"
     out = request.session.lockbox
