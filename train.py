@@ -155,7 +155,7 @@ DEFAULTS = dict(
 )
 ENV_DEFAULTS = {"lockbox": dict(episodes=2), "sokoban": dict(gamma_traj=0.9)}
 TINY_DEFAULTS = dict(
-    steps=80,
+    steps=100,
     style="compact",
     lr=3e-4,
     minibatch=256,
@@ -166,9 +166,9 @@ TINY_DEFAULTS = dict(
     warm_steps=600,
 )
 TINY_ENV_DEFAULTS = {
-    "lockbox": dict(steps=60, lr=1e-3, max_prompt=48, max_reply=16, tiny_hidden=64, tiny_layers=2, warm_steps=400),
-    "minesweeper": dict(steps=100, size=4, mines=2, turns=9),
-    "sokoban": dict(boxes=1),
+    "lockbox": dict(steps=60, lr=5e-4, minibatch=64, max_prompt=48, max_reply=16, tiny_hidden=64, tiny_layers=2),
+    "minesweeper": dict(size=4, mines=2, turns=9),
+    "sokoban": dict(steps=120, boxes=1),
 }
 
 
