@@ -247,7 +247,7 @@ def reflection_prompt(
     length: int = HISTORY_LENGTH,
     forget: int = 0,
 ) -> str:
-    """The prompt that asks for a reflection on the episode just failed; earlier reflections are not shown."""
+    """The prompt for a reflection on the episode just failed. Earlier ones are not shown, `forget` is idle."""
     if style == "compact":
         last = records[-1][1] if env.is_markov else f"{initial}\n{format_history(records, 2, length)}"
         return "\n".join(filter(None, [env.rules("compact"), "now", last, "reflect"]))
