@@ -964,21 +964,6 @@ def test_minesweeper_warm_policy_follows_its_memory():
     assert sum(trial.success_after(1) for trial in trials) <= 0.4 * 256, "first episodes are played poorly"
 
 
-@pytest.mark.slow
-def test_sokoban_warm_policy_follows_its_memory():
-    """It starts less often with a move that its memory shows to have failed."""
-    config, sampler = warm("sokoban")
-    for word in MOVES:
-        other = "left" if word != "left" else "right"
-        again, fresh = (
-            sum(action[0] == word for action in actions_with(config, sampler, [f"{note} {note} {note}"] * 256))
-            for note in (word, other)
-        )
-        assert again < 0.9 * fresh, word
-    trials = train.rollout(config, sampler, range(256), range(256), Sampling(seed=9))
-    assert sum(trial.success_after(1) for trial in trials) <= 0.5 * 256, "first episodes are played poorly"
-
-
 def test_the_readme_is_true():
     text = (HERE / "README.md").read_text(encoding="utf-8")
     assert not re.findall(r"@[A-Z]+@", text)
