@@ -47,7 +47,7 @@ class Env:
     name = "env"
     turn_limit = 10  # model calls per episode
     is_markov = False  # True: the last observation tells the whole state, so compact prompts leave out the history
-    reply_format = "Think step by step, then give one action inside <action> </action>."
+    action_format = "one action inside <action> </action>"  # what the prompt asks for
     warm_skill = 0.5  # skill of the scripted player that the built-in tiny policy is warm-started on
 
     def reset(self, seed: int) -> tuple[str, dict[str, Any]]:
@@ -108,7 +108,7 @@ class Lockbox(Env):
     turn_limit = 1
     is_markov = True
     warm_skill = 0.0
-    reply_format = "Give one action inside <action> </action>: open and a code, peek, or leave."
+    action_format = "one action inside <action> </action>: open and a code, peek, or leave"
 
     def __init__(self, codes: int = 8):
         if codes < 2:
@@ -280,7 +280,7 @@ class MineSweeper(Env):
     name = "minesweeper"
     is_markov = True
     warm_skill = 0.0
-    reply_format = "Think step by step, then give one cell as (row, col) inside <action> </action>."
+    action_format = "one cell as (row, col) inside <action> </action>"
 
     def __init__(self, size: int = 6, mines: int = 3, turns: int = 7, original: bool = False):
         if not 2 <= size <= 30:
@@ -578,7 +578,7 @@ class Sokoban(Env):
     name = "sokoban"
     is_markov = True
     warm_skill = 0.5
-    reply_format = "Think step by step, then give up to three moves separated by commas inside <action> </action>."
+    action_format = "up to three moves separated by commas inside <action> </action>"
 
     def __init__(
         self,

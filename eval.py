@@ -4,7 +4,11 @@
     python eval.py --model runs/minesweeper-1 --memory none          independent attempts, the RL way
     python eval.py --model runs/minesweeper-1 --memory swapped       every task gets the memory of another one
     python eval.py --model runs/minesweeper-1 --mines 4 --show 3     a harder task; print three whole trials
-    python eval.py --model Qwen/Qwen3-4B --env sokoban --json f.json any model of the hub, untrained
+    python eval.py --model tiny --env minesweeper                    the warm start, before any RL
+    python eval.py --model Qwen/Qwen3-4B --env sokoban --prompting react    any model of the hub, untrained
+
+`--prompting` gives the paper's baselines for a frozen model: zero-shot asks for the action alone, react for reasoning
+before every action, reflexion also for a reflection between episodes, which later prompts carry.
 
 Memory "swapped" is the control for the claim that memory is used: an agent that merely gets better at playing, or that
 only profits from more attempts, does not mind; one that reads its reflections does. The last row of the table is
@@ -21,7 +25,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import lamer
 import train
 from lamer import Episode, Sampling, Trial
 from train import ENV_OPTIONS, EVAL_SEED, Config
@@ -34,6 +37,7 @@ class EvalConfig:
     model: str | None = None  # a run folder (its newest checkpoint), a checkpoint folder, or a hub name
     env: str | None = None  # needed for a model that was not trained here
     memory: str | None = None  # none, history, reflection, both; or swapped
+    prompting: str | None = None  # zero-shot, react or reflexion: a baseline's prompts and memory
     episodes: int | None = None  # attempts per task; 3 for a policy trained by RL on single episodes
     num_tasks: int = 256  # fixed tasks
     temperature: float | None = None  # 1 for the tiny policy, 0.7 for others (paper); 0 takes the likeliest token
@@ -55,6 +59,13 @@ class EvalConfig:
     min_solution: int | None = None
     max_solution: int | None = None
     codes: int | None = None
+
+
+PROMPTING = {
+    "zero-shot": dict(style="direct", memory="none"),
+    "react": dict(style="full", memory="none"),
+    "reflexion": dict(style="full", memory="reflection"),
+}
 
 
 def wilson(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
@@ -97,7 +108,7 @@ def play_scripted(config: Config, seeds: Sequence[int]) -> list[Trial] | None:
 
 def result(config: Config, trials: Sequence[Trial]) -> dict[str, Any]:
     """What the trials show, as plain numbers."""
-    lamer.compute_returns(trials, config.credit, config.gamma_step, config.gamma_traj, config.invalid_penalty)
+    train.compute_returns(config, trials)
     won = [sum(trial.success_after(k + 1) for trial in trials) for k in range(config.episodes)]
     env = train.env_of(config)
     first = Counter(str(env.parse(trial.turns[0].reply)[0]) for trial in trials)
@@ -130,6 +141,8 @@ def prepare(argv: Sequence[str]) -> tuple[EvalConfig, Config, str]:
         raise ValueError(f"--num_tasks must be at least 1, got {given.num_tasks}")
     if given.json and not Path(given.json).absolute().parent.is_dir():
         raise ValueError(f"--json {given.json}: there is no such folder")
+    if given.prompting and given.prompting not in PROMPTING:
+        raise ValueError(f"--prompting must be one of {', '.join(PROMPTING)}, not {given.prompting!r}")
     done = train.checkpoints(given.model)
     source = str(done[max(done)]) if done else given.model
     saved = train.saved_config(source)
@@ -145,7 +158,12 @@ def prepare(argv: Sequence[str]) -> tuple[EvalConfig, Config, str]:
         changes["memory"] = saved.get("memory", "reflection")
         if changes["memory"] == "none":
             raise ValueError("--memory swapped: this policy was trained without memory, so there is none to swap")
-    return given, train.resolve(Config(**{**saved, **changes})), source
+    config = train.resolve(Config(**{**saved, **changes}))
+    if given.prompting:
+        if config.style == "compact":
+            raise ValueError("--prompting is for models that understand instructions; for the tiny one use --memory")
+        vars(config).update(PROMPTING[given.prompting])
+    return given, config, str(train.warm_policy(config)) if source == "tiny" else source
 
 
 def main(argv: Sequence[str]) -> None:
@@ -164,12 +182,14 @@ def main(argv: Sequence[str]) -> None:
         sys.exit(f"eval.py: {error}")
 
     memory = given.memory if given.memory == "swapped" else config.memory
-    row = {"env": config.env, "model": source, "memory": memory, "seed": given.seed, **own, **result(config, trials)}
+    row = {"env": config.env, "model": source, "memory": memory, "prompting": given.prompting, "seed": given.seed}
+    row |= {**own, **result(config, trials)}
     row["environment"] = {k: getattr(config, k) for k in ENV_OPTIONS if getattr(config, k) is not None}
     head = "".join(f"{f'after {k + 1}':>22s}" for k in range(config.episodes))
     print(f"{config.env}, {len(seeds)} tasks, temperature {own['temperature']:g}, success with 95% interval\n")
     print(f"{'':28s}{head}   return   valid")
-    print(table_row(f"{Path(source).name}, memory {memory}", row))
+    how = given.prompting or f"memory {memory}"
+    print(table_row(f"{Path(source).name}, {how}", row))
     if scripted := play_scripted(config, seeds):
         row["scripted"] = result(config, scripted)
         print(table_row("scripted player, full skill", row["scripted"]))

@@ -53,6 +53,7 @@ class Turn:
     anchor: str  # key of the state the turn was taken in, for GiGPO
     ret: float = 0.0  # the return G, set by compute_returns
     penalty: float = 0.0  # what an invalid reply cost; `ret` is after it
+    value: float = 0.0  # the value head's estimate of the return, set by compute_values (ppo only)
     advantage: float = 0.0  # set by compute_advantages
 
 
@@ -212,9 +213,9 @@ def play_prompt(
 ) -> str:
     """The prompt of one play turn: what is fixed first, what changes last, since the sampler re-uses common prefixes.
 
-    "compact" has the same sections in the same order for the tiny policy, in a form a small model can learn within
-    minutes: a reflection that redraws a board stands at a constant distance from the present board. `forget` leaves
-    out the oldest episodes.
+    "full" asks for reasoning before the action, "direct" for the action alone. "compact" has the same sections in the
+    same order for the tiny policy, in a form a small model can learn within minutes: a reflection that redraws a board
+    stands at a constant distance from the present board. `forget` leaves out the oldest episodes.
     """
     blocks = []
     for number, old in enumerate(past[forget:] if memory != "none" else [], start=forget + 1):
@@ -234,7 +235,8 @@ def play_prompt(
         return "\n".join(filter(None, [env.rules("compact"), *blocks, "now", now, *options, "act"]))
     blocks += [f"This is episode {episode + 1}, again from the start."] * bool(blocks)
     blocks += [f"What you did so far in this episode:\n{format_history(records, 2, length)}"] * bool(records)
-    sections = [env.rules("full"), f"The task at the start:\n{initial}", *blocks, *options, env.reply_format]
+    ask = f"{'Give only' if style == 'direct' else 'Think step by step, then give'} {env.action_format}."
+    sections = [env.rules("full"), f"The task at the start:\n{initial}", *blocks, *options, ask]
     return "\n\n".join(filter(None, sections))
 
 
@@ -425,6 +427,10 @@ class Slot:
     logps: list[float] = field(default_factory=list)
 
 
+class UnsupportedModelError(ValueError):
+    """The slot sampler cannot serve this model."""
+
+
 class SlotSampler:
     """Plays many trials at once: a fixed number of slots, each a row of one preallocated key/value cache.
 
@@ -437,9 +443,9 @@ class SlotSampler:
     def __init__(self, model: Any, chat: Chat, slots: int, max_prompt: int, max_reply: int, prefill_tokens: int = 8192):
         layers = set(getattr(model.config, "layer_types", None) or ["full_attention"])
         if layers != {"full_attention"} or getattr(model.config, "sliding_window", None):
-            raise ValueError("this model has layers without full attention; use --sampler generate")
+            raise UnsupportedModelError("this model has layers without full attention")
         if model.config._attn_implementation not in ("eager", "sdpa"):
-            raise ValueError("the slot sampler's mask needs eager or sdpa attention; use --sampler generate")
+            raise UnsupportedModelError("the slot sampler's mask needs eager or sdpa attention")
         self.model, self.chat, self.num_slots = model, chat, slots
         self.max_reply, self.prefill_tokens = max_reply, prefill_tokens
         self.cache = SlotCache(model.config.num_hidden_layers, slots, max_prompt + max_reply, model.device)
@@ -658,11 +664,25 @@ def cross_episode_returns(
 
 
 def compute_returns(
-    trials: Iterable[Trial], credit: str, gamma_step: float, gamma_traj: float, invalid_penalty: float = 0.5
+    trials: Iterable[Trial],
+    credit: str,
+    gamma_step: float,
+    gamma_traj: float,
+    invalid_penalty: float = 0.5,
+    reward: str = "env",
 ) -> None:
-    """Set `ret` of every turn: the cross-episode return; a reflection gets G_0 of the episode it prepares."""
+    """Set `ret` of every turn: the cross-episode return; a reflection gets G_0 of the episode it prepares.
+
+    With `reward` "success" nothing but the win counts, with 10. Where early rewards are kept and a trial ends at the
+    first win, a large gamma_traj can pay for putting the win off; this is the control.
+    """
     for trial in trials:
-        returns = cross_episode_returns(trial.rewards(), credit, gamma_step, gamma_traj)
+        rewards = trial.rewards()
+        if reward == "success":
+            rewards = [[0.0] * len(episode) for episode in rewards]
+            if trial.won_in is not None:
+                rewards[-1][-1] = 10.0
+        returns = cross_episode_returns(rewards, credit, gamma_step, gamma_traj)
         position = defaultdict(int)
         for turn in trial.turns:
             if turn.phase == "reflect":
@@ -675,15 +695,20 @@ def compute_returns(
 
 
 def center(values: Sequence[float], norm: str = "mean") -> list[float]:
-    """Values minus their mean, for "mean_std" also divided by (std + 1e-6). A set of one gives 0, never NaN."""
+    """Values minus their mean, for "mean_std" also divided by (std + 1e-6), for "leave_one_out" minus the others' mean.
+
+    A set of one gives 0, never NaN.
+    """
     array = np.asarray(values, dtype=np.float64)
     if len(array) < 2 or array.max() == array.min():
         return [0.0] * len(array)
     array = array - array.mean()
-    return (array / (array.std(ddof=1) + 1e-6) if norm == "mean_std" else array).tolist()
+    scale = {"mean": 1.0, "leave_one_out": len(array) / (len(array) - 1)}
+    return (array * scale[norm] if norm in scale else array / (array.std(ddof=1) + 1e-6)).tolist()
 
 
-ESTIMATORS = ("reinforce", "gigpo")
+ESTIMATORS = ("reinforce", "rloo", "grpo", "gigpo", "ppo")
+NORM_OF = {"rloo": "leave_one_out", "grpo": "mean_std"}  # the others take --norm
 
 
 def compute_advantages(
@@ -694,10 +719,13 @@ def compute_advantages(
     Episode and phase are part of every key: memory differs between episodes, so equal boards are not equal states, and
     a baseline over all episodes would punish the very action that made the next one succeed.
 
-    reinforce: G minus its mean over the rows of the group with the same episode and phase.
+    reinforce: G minus its mean over the rows of the group with the same episode and phase; rloo: minus the mean of the
+               others; grpo: also divided by the standard deviation.
     gigpo:     E + step_weight * P. E: the member's G_0(n) minus the mean over members that played episode n, 0 for
                reflections. P: G minus its mean over rows with the same episode, phase and anchor.
+    ppo:       see `ppo_advantages`.
     """
+    norm = NORM_OF.get(estimator, norm)
     for group in groups:
         rows = defaultdict(list)
         for trial in group:
@@ -718,6 +746,50 @@ def compute_advantages(
                         turn.advantage += value
 
 
+def official_advantages(
+    groups: Iterable[Sequence[Trial]], estimator: str, norm: str = "mean", step_weight: float = 1.0
+) -> None:
+    """Set `advantage` of every turn as the official code does (facts/games.md 4): a group's rows in one pot.
+
+    E compares the plain reward of the turn's episode (0 for a reflection) minus the penalty with that of all rows of
+    the group, so the return across episodes reaches only gigpo's P, which pools equal anchors of all episodes and
+    knows no penalty. A group of one row keeps its score.
+    """
+    norm = NORM_OF.get(estimator, norm)
+    for group in groups:
+        turns, scores, anchors = [], [], defaultdict(list)
+        for trial in group:
+            rewards = [sum(episode) for episode in trial.rewards()]
+            turns += trial.turns
+            scores += [rewards[t.episode] * (t.phase == "play") - t.penalty for t in trial.turns]
+        for turn, value in zip(turns, center(scores, norm) if len(turns) > 1 else scores, strict=True):
+            turn.advantage = value
+            anchors[turn.anchor].append(turn)
+        for same in anchors.values() if estimator == "gigpo" else ():
+            for turn, value in zip(same, center([t.ret + t.penalty for t in same], norm), strict=True):
+                turn.advantage += step_weight * value
+
+
+def ppo_advantages(trials: Iterable[Trial], gamma_step: float, gamma_traj: float, gae_lambda: float = 1.0) -> None:
+    """Set `advantage` of every turn from its value: the generalised advantage estimate along the trial's turns.
+
+    A turn's discount to the next is gamma_step inside an episode, gamma_traj at its end, 1 from a reflection to the
+    episode it prepares. With lambda 1 that is G - V, for either credit; below 1 it needs credit "official", the one
+    that is a recursion. A penalty stays with its row.
+    """
+    for trial in trials:
+        advantage = ret_after = value_after = gamma = 0.0
+        for turn, after in reversed([*zip(trial.turns, [*trial.turns[1:], None], strict=True)]):
+            if after is not None:
+                inside = after.episode == turn.episode and after.phase == "play"
+                gamma = gamma_step if inside else 1.0 if turn.phase == "reflect" else gamma_traj
+            ret = turn.ret + turn.penalty
+            reward = ret - gamma * ret_after
+            advantage = reward + gamma * value_after - turn.value + gamma * gae_lambda * advantage
+            turn.advantage = advantage - turn.penalty
+            ret_after, value_after = ret, turn.value
+
+
 # ------------------------------------------------------------------------------------------ the update
 
 
@@ -728,8 +800,10 @@ def reply_logps(
     vocab_size: int,
     need_entropy_grad: bool = False,
     chunk: int | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities of all reply tokens of the turns in order, and the entropies they were drawn from: (T,), (T,).
+
+    Third come the hidden states of the prompts' last tokens, detached, for a value head: (B, h).
 
     Sequences are padded on the right, so causal attention needs no mask. Only hidden states that predict reply tokens
     reach the output layer, in chunks that are recomputed in the backward pass: logits of the whole batch never exist.
@@ -741,6 +815,7 @@ def reply_logps(
     rows = [row for row, turn in enumerate(turns) for _ in turn.reply_ids]
     columns = [len(turn.prompt_ids) + i for turn in turns for i in range(len(turn.reply_ids))]
     rows, columns = torch.tensor(rows, device=device), torch.tensor(columns, device=device)
+    states = prompt_states(hidden, turns)  # (B, h)
     hidden, targets = hidden[rows, columns - 1], tokens[rows, columns]  # (T, h), (T,)
 
     def score(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -754,14 +829,58 @@ def reply_logps(
         checkpoint(score, h, t, use_reentrant=False)
         for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True)
     ]
-    return torch.cat([logps for logps, _ in pieces]), torch.cat([entropy for _, entropy in pieces])
+    return torch.cat([logps for logps, _ in pieces]), torch.cat([entropy for _, entropy in pieces]), states
 
 
-def clipped_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, clip: float = 0.2) -> tuple[Tensor, Tensor]:
-    """PPO's clipped objective per token, as a loss, and where the clipping was active: (T,), (T,) bool."""
+def prompt_states(hidden: Tensor, turns: Sequence[Turn]) -> Tensor:
+    """The hidden states of the prompts' last tokens in fp32, detached: (B, L, h) -> (B, h)."""
+    ends = torch.tensor([len(turn.prompt_ids) - 1 for turn in turns], device=hidden.device)
+    return hidden[torch.arange(len(turns), device=hidden.device), ends].detach().float()
+
+
+@torch.no_grad()
+def compute_values(model: Any, value_head: Any, trials: Iterable[Trial], microbatch_tokens: int = 16384) -> None:
+    """Set `value` of every turn: a linear head (h -> 1) on the state after its prompt."""
+    for batch in micro_batches([turn for trial in trials for turn in trial.turns], microbatch_tokens):
+        tokens = pad([turn.prompt_ids for turn in batch]).to(model.device)  # (B, L)
+        hidden = model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state  # (B, L, h)
+        for turn, value in zip(batch, value_head(prompt_states(hidden, batch))[:, 0].tolist(), strict=True):
+            turn.value = value
+
+
+def clipped_loss(
+    logps: Tensor,
+    old_logps: Tensor,
+    advantages: Tensor,
+    clip: float = 0.2,
+    clip_high: float | None = None,
+    dual_clip: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """PPO's clipped objective per token, as a loss, and where the clipping was active: (T,), (T,) bool.
+
+    `clip_high` is the upper range where it differs. `dual_clip` c > 1 also bounds the loss of a token with negative
+    advantage by -c A, however likely it has become; 0 is off.
+    """
     ratio = (logps - old_logps).exp()
-    plain, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)
-    return torch.maximum(plain, clipped), clipped > plain
+    plain = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high))
+    losses = torch.maximum(plain, clipped)
+    if dual_clip:
+        losses = torch.where(advantages < 0, torch.minimum(losses, -dual_clip * advantages), losses)
+    return losses, clipped > plain
+
+
+KL_ESTIMATES = ("k1", "k2", "k3")
+
+
+def kl_estimate(logps: Tensor, reference: Tensor, kind: str = "k3") -> Tensor:
+    """Per-token estimate of KL(policy || reference) from tokens the policy drew (Schulman 2020), capped at +-10.
+
+    k1 = d, k2 = d^2/2, k3 = exp(-d) - 1 + d with d = logps - reference. As a loss k2 has KL's gradient, k3 nearly so;
+    k1's is zero on average, it is here for comparisons.
+    """
+    d = logps - reference
+    return {"k1": d, "k2": d * d / 2, "k3": (torch.expm1(-d) + d).clamp(-10, 10)}[kind]
 
 
 def micro_batches(turns: Sequence[Turn], max_tokens: int) -> list[list[Turn]]:
@@ -784,56 +903,109 @@ def all_reduce_sum(values: Sequence[float], device: torch.device) -> list[float]
 
 
 class Optimizer:
-    """AdamW on fp32 masters of the weights, with gradients summed in fp32 and over all processes.
+    """AdamW on fp32 masters of the weights, sharded: every process updates the weights it owns and hands them out.
 
     A step of 1e-6 on a bf16 weight rounds to nothing, hence the masters; for an fp32 model they are the weights
-    themselves. Processes share gradients once per optimizer step, after all micro-batches, so they may have different
-    numbers of these. The loss is divided by a global token count, so gradients are summed over processes, not
-    averaged.
+    themselves. Gradients are kept in fp32 and summed over processes once per optimizer step, after all micro-batches,
+    so processes may have different numbers of these; summed, not averaged, as the loss is divided by a global token
+    count. Masters and moments, 12 bytes a weight, exist once among all processes.
     """
 
-    def __init__(self, model: Any, lr: float, weight_decay: float = 0.0, dtype: torch.dtype = torch.float32):
-        """Takes an fp32 model and turns its weights into `dtype`."""
-        self.weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.masters = {n: p if dtype == torch.float32 else p.detach().clone() for n, p in self.weights.items()}
-        for weight in self.weights.values():  # not model.to(dtype): rotary frequencies must stay fp32
-            weight.data = weight.data.to(dtype)
-        self.adamw = torch.optim.AdamW(self.masters.values(), lr=lr, weight_decay=weight_decay)
+    def __init__(
+        self,
+        model: Any,
+        lr: float,
+        weight_decay: float = 0.0,
+        dtype: torch.dtype = torch.float32,
+        value_head: torch.nn.Module | None = None,
+        value_lr: float = 1e-3,
+    ):
+        """Takes an fp32 model and turns its weights into `dtype`; a value head stays in fp32."""
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.policy = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        values = {f"value_head.{name}": p for name, p in value_head.named_parameters()} if value_head else {}
+        self.weights = self.policy | values
+        self.owner, load = {}, [0] * self.world  # the largest weights first, each to the process that has least
+        for name, weight in sorted(self.weights.items(), key=lambda item: -item[1].numel()):
+            self.owner[name] = load.index(min(load))
+            load[self.owner[name]] += weight.numel()
+        own = {name: weight for name, weight in self.weights.items() if self.owner[name] == self.rank}
+        keep = dtype == torch.float32
+        self.masters = {n: p if keep or n in values else p.detach().clone() for n, p in own.items()}
+        self.grads: dict[str, Tensor] = {}  # fp32, of the optimizer step in progress
         for name, weight in self.weights.items():
-            if weight is not self.masters[name]:
-                weight.register_post_accumulate_grad_hook(self.accumulate(self.masters[name]))
+            if name in self.policy:  # not model.to(dtype): rotary frequencies must stay fp32
+                weight.data = weight.data.to(dtype)
+            weight.register_post_accumulate_grad_hook(partial(self.accumulate, name))
+        groups = [
+            {"params": [p for n, p in self.masters.items() if n not in values]},
+            {"params": [p for n, p in self.masters.items() if n in values], "lr": value_lr, "weight_decay": 0.0},
+        ]
+        # 0.95, not 0.999: or weights with small gradients so far take triple steps when a rare bad reply comes along
+        self.adamw = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.95))
 
-    def state_dict(self, model: Any) -> dict[str, Tensor]:
-        """The model's state with fp32 masters in place of its weights, under all names that share one (tied layers)."""
-        masters = {weight.data_ptr(): self.masters[name] for name, weight in self.weights.items()}
-        return {name: masters.get(value.data_ptr(), value) for name, value in model.state_dict().items()}
+    def accumulate(self, name: str, weight: Tensor) -> None:
+        """Move a weight's fresh gradient into its fp32 sum."""
+        self.grads[name] = self.grads[name].add_(weight.grad) if name in self.grads else weight.grad.float()
+        weight.grad = None
 
-    @staticmethod
-    def accumulate(master: Tensor) -> Callable[[Tensor], None]:
-        """A hook that moves a weight's fresh gradient into its master's fp32 gradient."""
-
-        def hook(weight: Tensor) -> None:
-            master.grad = weight.grad.float() if master.grad is None else master.grad.add_(weight.grad)
-            weight.grad = None
-
-        return hook
-
+    @torch.no_grad()
     def step(self, max_norm: float) -> float:
-        """Sum gradients over processes, clip them to max_norm, update; returns the norm before clipping."""
-        masters = list(self.masters.values())
-        for master in masters:
-            if master.grad is None:
-                master.grad = torch.zeros_like(master)
-            if dist.is_initialized():
-                dist.all_reduce(master.grad)
-        norm = torch.nn.utils.clip_grad_norm_(masters, max_norm).item()
+        """Sum gradients over processes, clip the policy's to max_norm, update; returns the norm before clipping."""
+        squares = [torch.zeros(())]
+        for name, weight in self.weights.items():
+            grad = self.grads.pop(name) if name in self.grads else torch.zeros_like(weight, dtype=torch.float32)
+            if self.world > 1:
+                dist.reduce(grad, self.owner[name])
+            if name in self.masters:
+                self.masters[name].grad = grad
+                squares += [grad.square().sum().cpu()] if name in self.policy else []
+        [square] = all_reduce_sum([torch.stack(squares).sum().item()], weight.device)
+        norm = math.sqrt(square)
+        for name, master in self.masters.items():
+            master.grad.mul_(min(1.0, max_norm / (norm + 1e-6)) if name in self.policy else 1.0)
         self.adamw.step()
         self.adamw.zero_grad()
-        with torch.no_grad():
-            for name, weight in self.weights.items():
-                if weight is not self.masters[name]:
-                    weight.copy_(self.masters[name])
+        for name, weight in self.weights.items():
+            if name in self.masters and weight is not self.masters[name]:
+                weight.copy_(self.masters[name])
+            if self.world > 1:
+                dist.broadcast(weight.data, self.owner[name])
         return norm
+
+    @torch.no_grad()
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """By weight name: fp32 master, AdamW's moments and step. All processes must call it; process 0 gets it all."""
+        state: dict[str, dict[str, Tensor]] = {}
+        for name, weight in self.weights.items():
+            own = self.adamw.state.get(self.masters.get(name), {}) | {"master": self.masters.get(name)}
+            state[name] = {}
+            for part in ("master", "exp_avg", "exp_avg_sq", "step"):
+                value = own.get(part)
+                if value is None:
+                    value = torch.zeros(() if part == "step" else weight.shape, dtype=torch.float32)
+                value = value.to(weight.device)
+                if self.world > 1:
+                    dist.broadcast(value, self.owner[name])
+                if self.rank == 0:
+                    state[name][part] = value.detach().cpu()
+        return state
+
+    @torch.no_grad()
+    def load_state(self, state: dict[str, dict[str, Tensor]]) -> None:
+        """Take up what `state` gave, on any number of processes. The policy's masters come with its weights."""
+        for name, master in self.masters.items():
+            moments = {k: state[name][k].to(master.device) for k in ("exp_avg", "exp_avg_sq")}
+            self.adamw.state[master] = {"step": state[name]["step"].clone(), **moments}
+        for name, weight in self.weights.items():
+            if name not in self.policy:
+                weight.copy_(state[name]["master"])
+
+
+def named_like(model: Any, masters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The model's state with these tensors in place of its weights, under all names that share one (tied layers)."""
+    by_address = {weight.data_ptr(): masters[name] for name, weight in model.named_parameters() if name in masters}
+    return {name: by_address.get(value.data_ptr(), value) for name, value in model.state_dict().items()}
 
 
 def update(
@@ -844,7 +1016,13 @@ def update(
     sampling: Sampling,
     vocab_size: int,
     clip: float = 0.2,
+    clip_high: float | None = None,
+    dual_clip: float = 0.0,
     entropy_bonus: float = 0.0,
+    kl_coef: float = 0.0,
+    kl: str = "k3",
+    reference: Any = None,
+    value_head: Any = None,
     minibatch: int = 64,
     microbatch_tokens: int = 16384,
     grad_clip: float = 1.0,
@@ -854,7 +1032,8 @@ def update(
     Every reply token of a turn carries the turn's advantage. A mini-batch of about `minibatch` turns (over all
     processes) is one optimizer step; which one a turn belongs to depends only on (seed, step, trial, turn). The loss
     is a sum over tokens divided by the mini-batch's global token count, so neither micro-batches nor the number of
-    processes change the result.
+    processes change the result. With a `reference` model, kl_coef times the KL estimate to it is added; a `value_head`
+    learns by half the squared error to advantage + value, meaned over turns.
     """
     device = model.device
     turns = [(turn, i, number) for trial, i in zip(trials, ids, strict=True) for number, turn in enumerate(trial.turns)]
@@ -871,35 +1050,50 @@ def update(
     if model.dtype != torch.float32:  # a bf16 decoder and a bf16 trainer differ: measure the ratio against the trainer
         with torch.no_grad():
             for batch in micro_batches([turn for turn, _, _ in turns], microbatch_tokens):
-                logps, _ = reply_logps(model, batch, sampling.temperature, vocab_size)
+                logps, _, _ = reply_logps(model, batch, sampling.temperature, vocab_size)
                 for turn, new in zip(batch, logps.split([len(turn.reply_ids) for turn in batch]), strict=True):
                     gap += (new - old_logps[id(turn)]).abs().sum().item()
                     old_logps[id(turn)] = new
 
-    sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, entropy, clipped tokens, kl
+    sums = torch.zeros(6, dtype=torch.float64, device=device)  # loss, entropy, clipped tokens, kl, kl_start, value
     norms = []
     for rows in minibatches:
-        [count] = all_reduce_sum([sum(len(turn.reply_ids) for turn in rows)], device)
+        count, num_rows = all_reduce_sum([sum(len(turn.reply_ids) for turn in rows), len(rows)], device)
         if count == 0:
             continue
         for batch in micro_batches(rows, microbatch_tokens):
-            logps, entropy = reply_logps(model, batch, sampling.temperature, vocab_size, entropy_bonus > 0)
+            logps, entropy, states = reply_logps(model, batch, sampling.temperature, vocab_size, entropy_bonus > 0)
             old = torch.cat([old_logps[id(turn)] for turn in batch])  # (T,)
             advantages = torch.tensor([t.advantage for t in batch for _ in t.reply_ids], device=device)  # (T,)
-            losses, is_clipped = clipped_loss(logps, old, advantages, clip)
-            ((losses.sum() - entropy_bonus * entropy.sum()) / count).backward()
+            losses, is_clipped = clipped_loss(logps, old, advantages, clip, clip_high, dual_clip)
+            loss = losses.sum() - entropy_bonus * entropy.sum()
+            kl_start = value_loss = torch.zeros((), device=device)
+            if reference is not None:
+                with torch.no_grad():
+                    start, _, _ = reply_logps(reference, batch, sampling.temperature, vocab_size)
+                kl_start = kl_estimate(logps, start, kl).sum()
+            if value_head is not None:
+                targets = torch.tensor([turn.advantage + turn.value for turn in batch], device=device)  # (B,)
+                value_loss = (value_head(states)[:, 0] - targets).square().sum() / 2
+            ((loss + kl_coef * kl_start) / count + value_loss / num_rows).backward()
             with torch.no_grad():
                 change = logps - old
-                kl = change.expm1() - change  # k3, an unbiased and never negative estimate of KL(sampler || policy)
-                sums += torch.stack([losses.sum(), entropy.sum(), is_clipped.sum(), kl.sum()]).double()
+                kl_step = change.expm1() - change  # k3 of KL(sampler || policy): its tokens are the sampler's
+                logged = [losses.sum(), entropy.sum(), is_clipped.sum(), kl_step.sum(), kl_start, value_loss]
+                sums += torch.stack(logged).double()
         norms.append(optimizer.step(grad_clip))
     model.eval()
-    loss, entropy, clipped, kl, gap = (x / num_tokens for x in all_reduce_sum([*sums.tolist(), gap], device))
+    sums[-1] *= num_tokens / num_turns  # all others are means over tokens
+    loss, entropy, clipped, kl_step, kl_start, value_loss, gap = (
+        x / num_tokens for x in all_reduce_sum([*sums.tolist(), gap], device)
+    )
     return {
         "loss": loss,
         "entropy": entropy,
         "clip_fraction": clipped,
-        "kl": kl,
+        "kl": kl_step,
+        "kl_start": kl_start,
+        "value_loss": value_loss,
         "sampler_gap": gap,
         "grad_norm": sum(norms) / len(norms),
         "updates": len(norms),

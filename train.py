@@ -34,7 +34,7 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import UnionType
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 try:
     import resource
@@ -81,27 +81,35 @@ class Config:
     num_tasks: int = 16  # tasks per step, over all processes (paper: 16)
     group_size: int = 8  # trials per task (paper: 8, and 24 for RL)
     memory: str = "reflection"  # what later episodes see of a failed one: none, history, reflection, both
-    style: str | None = None  # prompts: full, or compact for the tiny policy
+    style: str | None = None  # prompts: full, direct without reasoning, or compact for the tiny policy
     # credit
-    credit: str = "paper"  # how returns cross episodes: paper or official (see lamer.cross_episode_returns)
-    estimator: str = "gigpo"  # advantages: reinforce or gigpo (see lamer.compute_advantages)
+    preset: str = "paper"  # paper, or official for the choices of the official code (PRESETS)
+    reward: str = "env"  # env, or success: only the win counts
+    credit: str | None = None  # how returns cross episodes: paper or official (see lamer.cross_episode_returns)
+    estimator: str = "gigpo"  # advantages: reinforce, rloo, grpo, gigpo, ppo (see lamer.compute_advantages)
     norm: str = "mean"  # mean, or mean_std to divide advantages by the standard deviation
     step_weight: float = 1.0  # weight of GiGPO's step part
     gamma_step: float = 0.95  # discount from turn to turn
     gamma_traj: float | None = None  # discount from episode to episode (scripts: 0.6 MineSweeper, 0.9 Sokoban)
+    gae_lambda: float = 1.0  # ppo: below 1 trusts the value head, and needs --credit official
     invalid_penalty: float = 0.5  # taken from the return of a reply that cannot be parsed
     # the update
     lr: float | None = None  # constant learning rate (paper: 1e-6)
+    value_lr: float = 1e-3  # ppo: learning rate of the value head
     clip: float = 0.2  # range of the probability ratio
-    entropy_bonus: float = 0.0  # weight of the entropy in the objective
+    clip_high: float | None = None  # its upper side, where it differs
+    dual_clip: float | None = None  # bound on the loss of tokens with negative advantage; 0 is off
+    entropy_bonus: float | None = None  # weight of the entropy in the objective
+    kl_coef: float = 0.0  # weight of the KL divergence to the starting model, which costs a second copy of it
+    kl: str = "k3"  # its estimate: k1, k2 or k3 (see lamer.kl_estimate)
     grad_clip: float = 1.0  # largest gradient norm
-    weight_decay: float = 0.0  # AdamW's (official: 0.01)
+    weight_decay: float | None = None  # AdamW's
     minibatch: int | None = None  # turns per optimizer step, over all processes (paper: 64)
     microbatch_tokens: int = 8192  # tokens per forward and backward pass; lower it when memory runs out
     grad_checkpoint: bool = False  # recompute activations in the backward pass: less memory, about a third slower
     # sampling
     sampler: str = "slots"  # slots, or generate for the plain reference
-    slots: int = 128  # trials decoded at once; lower it when memory runs out
+    slots: int | None = None  # trials decoded at once; default: 128, or as many as fit into the GPU's free memory
     max_prompt: int | None = None  # tokens; longer prompts are shortened (paper: 2048)
     max_reply: int | None = None  # tokens (paper: 1024)
     temperature: float = 1.0  # in training, of the sampler and of the loss
@@ -139,10 +147,19 @@ RESUME_OPTIONS = (
     "microbatch_tokens",
     "grad_checkpoint",
 )
+UPDATE_OPTIONS = ("clip", "clip_high", "dual_clip", "entropy_bonus", "kl_coef", "kl", "grad_clip")
+UPDATE_OPTIONS += ("minibatch", "microbatch_tokens")
 ENV_OPTIONS = ("size", "mines", "turns", "boxes", "min_solution", "max_solution", "codes")
+PRESETS = {
+    "paper": dict(credit="paper", dual_clip=0.0, entropy_bonus=0.0, weight_decay=0.0),
+    "official": dict(credit="official", dual_clip=3.0, entropy_bonus=0.001, weight_decay=0.01),
+}
 CHOICES = {
+    "preset": tuple(PRESETS),
+    "reward": ("env", "success"),
+    "kl": lamer.KL_ESTIMATES,
     "memory": lamer.MEMORIES,
-    "style": ("full", "compact"),
+    "style": ("full", "direct", "compact"),
     "credit": ("paper", "official"),
     "estimator": lamer.ESTIMATORS,
     "norm": ("mean", "mean_std"),
@@ -186,11 +203,18 @@ def resolve(config: Config) -> Config:
     for name, value in {k: v for table in tables for k, v in table.items()}.items():
         if getattr(config, name) is None:
             setattr(config, name, value)
+    for name, value in PRESETS.get(config.preset, {}).items():
+        if getattr(config, name) is None:
+            setattr(config, name, value)
     if config.episodes == 1:
         config.memory = "none"
     for name, allowed in CHOICES.items():
         if getattr(config, name) not in allowed:
             raise ValueError(f"--{name} must be one of {', '.join(allowed)}, not {getattr(config, name)!r}")
+    if config.estimator == "ppo" and config.preset == "official":
+        raise ValueError("--preset official has no ppo here: the official value is one per token, ours one per turn")
+    if not 0 <= config.gae_lambda <= 1 or (config.gae_lambda < 1 and config.credit != "official"):
+        raise ValueError("--gae_lambda is from 0 to 1, and below 1 it needs --credit official, which is a recursion")
     low = dict(steps=0, episodes=1, num_tasks=1, group_size=2, minibatch=1, slots=1, max_prompt=1, max_reply=1, keep=1)
     low |= dict(eval_every=0, save_every=0, eval_tasks=1, microbatch_tokens=1, seed=0)
     low |= dict(tiny_hidden=8, tiny_layers=1, warm_steps=1, warm_batch=1)
@@ -249,11 +273,21 @@ def load_policy(name: str, dtype: str, device: str) -> tuple[Any, Chat]:
                 setattr(shape, key, 0.0)
         model = AutoModelForCausalLM.from_pretrained(name, config=shape, dtype=getattr(torch, dtype)).to(device).eval()
         tokenizer = AutoTokenizer.from_pretrained(name)
+        check_logits(model)
     except Exception as error:  # transformers, safetensors and the hub each have exceptions of their own
         reason = next(iter(str(error).strip().splitlines()), "")
         raise ValueError(f"--model {name} cannot be loaded: {type(error).__name__}: {reason}") from error
     stop_ids = model.generation_config.eos_token_id
     return model, Chat(tokenizer, stop_ids if isinstance(stop_ids, list) else [stop_ids])
+
+
+@torch.no_grad()
+def check_logits(model: Any) -> None:
+    """Raise where logits are more than the output layer on the decoder's states, which is what lamer.py computes."""
+    tokens = torch.tensor([[1, 2, 3]], device=model.device)
+    ours = model.get_output_embeddings()(model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state)
+    if not torch.allclose(ours, model(tokens, use_cache=False).logits, atol=1e-3, rtol=1e-2):
+        raise ValueError("its logits are scaled or capped behind the output layer, which is not supported")
 
 
 # Pieces of text that become one token each: tags, (row, col), row labels, words, single signs.
@@ -410,6 +444,18 @@ def imitate(model: Any, turns: Sequence[Turn], microbatch_tokens: int) -> float:
 # ------------------------------------------------------------------------------ checkpoints and resume
 
 
+class Run(NamedTuple):
+    """What one process holds."""
+
+    model: Any
+    optimizer: lamer.Optimizer
+    sampler: lamer.SlotSampler | lamer.GenerateSampler
+    value_head: torch.nn.Module | None  # ppo only
+    reference: Any  # the starting model, frozen; only with --kl_coef
+    rank: int
+    world: int
+
+
 def save_folder(folder: Path, write: Callable[[Path], None]) -> None:
     """Write a folder under another name and rename it when complete; what was there before stays as it was."""
     draft = folder.with_name(f"{folder.name}.{os.getpid()}.unfinished")
@@ -435,12 +481,20 @@ def save_policy(
     (folder / "lamer.json").write_text(json.dumps({"step": step, "config": asdict(config)}, indent=1))
 
 
-def save_checkpoint(config: Config, step: int, model: Any, optimizer: lamer.Optimizer, tokenizer: Any) -> None:
-    """Save the fp32 weights and the optimizer after `step` steps, then drop all but the newest `keep` checkpoints."""
+def save_checkpoint(config: Config, run: Run, step: int) -> None:
+    """Save the fp32 weights and the optimizer after `step` steps, then drop all but the newest `keep` checkpoints.
+
+    Every process must call it: each holds a part of the optimizer. Process 0 writes.
+    """
+    state = run.optimizer.state()
+    if run.rank > 0:
+        return
 
     def write(folder: Path) -> None:
-        save_policy(folder, model, optimizer.state_dict(model), tokenizer, config, step)
-        torch.save(optimizer.adamw.state_dict(), folder / "optimizer.pt")
+        masters = {name: state[name].pop("master") for name in run.optimizer.policy}
+        weights = lamer.named_like(run.model, masters)
+        save_policy(folder, run.model, weights, run.sampler.chat.tokenizer, config, step)
+        torch.save(state, folder / "optimizer.pt")
 
     save_folder(Path(config.out, f"step_{step:06d}"), write)
     for old in sorted(checkpoints(config.out))[: -config.keep]:
@@ -461,12 +515,54 @@ def trim_log(path: Path, steps: int) -> None:
     draft.replace(path)
 
 
+# ---------------------------------------------------------------------------------------------- memory
+
+
+def memory_plan(config: Config, shape: Any, num_weights: int, world: int) -> dict[str, float]:
+    """Gigabytes that training needs on each GPU, by what for, and "slot": those of one row of the cache.
+
+    Activations are counted for the longest micro-batch: per token and layer what the backward pass keeps of norms,
+    projections, attention and MLP, or with --grad_checkpoint the layer's input, and one layer in full.
+    """
+    width, layers = shape.hidden_size, shape.num_hidden_layers
+    head = getattr(shape, "head_dim", None) or width // shape.num_attention_heads
+    keys = 2 * head * getattr(shape, "num_key_value_heads", shape.num_attention_heads)
+    size = 2 if config.dtype == "bfloat16" else 4
+    tokens = max(config.microbatch_tokens, config.max_prompt + config.max_reply)
+    layer = tokens * size * (8 * width + 4 * head * shape.num_attention_heads + 2 * keys + 4 * shape.intermediate_size)
+    kept = layers * tokens * size * width + layer if config.grad_checkpoint else layers * layer
+    logits = 3 * 4 * min(2**26, tokens * shape.vocab_size)
+    plan = dict(weights=size * num_weights, gradients=4 * num_weights, activations=kept + logits)
+    plan["optimizer"] = (12 if size == 2 else 8) * num_weights / world
+    plan["reference"] = size * num_weights if config.kl_coef else 0
+    plan["slot"] = layers * keys * size * (config.max_prompt + config.max_reply + 1)
+    return {name: need / 1e9 for name, need in plan.items()}
+
+
+def fit_slots(plan: dict[str, float], total_gb: float, most: int) -> int:
+    """How many slots fit into `total_gb`, up to `most`; ValueError says what to lower if it is none."""
+    fixed = sum(need for name, need in plan.items() if name != "slot")
+    slots = min(most, int((0.92 * total_gb - fixed) / plan["slot"]))  # the rest is for the allocator's gaps
+    parts = " + ".join(f"{name} {need:.1f}" for name, need in plan.items() if name != "slot" and need)
+    line = f"memory per GPU in GB: {parts} + {max(slots, 0)} slots of {plan['slot']:.2f}, of {total_gb:.1f}"
+    if slots < 1:
+        raise ValueError(f"{line}: too much; give --grad_checkpoint, lower --microbatch_tokens, or take more GPUs")
+    print(line, file=sys.stderr)
+    return slots
+
+
 # ------------------------------------------------------------------------------ rollout and evaluation
 
 
 def make_sampler(config: Config, model: Any, chat: Chat) -> lamer.SlotSampler | lamer.GenerateSampler:
-    kind = lamer.SlotSampler if config.sampler == "slots" else lamer.GenerateSampler
-    return kind(model, chat, config.slots, config.max_prompt, config.max_reply)
+    """The slot sampler; the plain one where it is asked for, or where the model's attention is of another kind."""
+    limits = config.slots or 128, config.max_prompt, config.max_reply
+    if config.sampler == "slots":
+        try:
+            return lamer.SlotSampler(model, chat, *limits)
+        except lamer.UnsupportedModelError as error:
+            print(f"{error}: falling back to the plain sampler, as with --sampler generate", file=sys.stderr)
+    return lamer.GenerateSampler(model, chat, *limits)
 
 
 def rollout(
@@ -482,6 +578,12 @@ def rollout(
         for seed, notes in zip(seeds, borrowed, strict=True)
     ]
     return sampler.run(trials, ids, sampling)
+
+
+def compute_returns(config: Config, trials: Sequence[Trial]) -> None:
+    """lamer.compute_returns with the options of the run."""
+    discounts = config.gamma_step, config.gamma_traj
+    lamer.compute_returns(trials, config.credit, *discounts, config.invalid_penalty, config.reward)
 
 
 EVAL_SEED = 2**31  # evaluation tasks have seeds from here on, training tasks below
@@ -503,13 +605,13 @@ def summarize(trials: Sequence[Trial], episodes: int, device: str = "cpu") -> di
     return means | {"turns": int(num_turns), "reply_tokens": int(num_tokens), "shortened": int(num_shortened)}
 
 
-def evaluate(config: Config, sampler: Any, step: int, rank: int, world: int) -> tuple[dict[str, Any], list[Trial]]:
+def evaluate(config: Config, run: Run, step: int) -> tuple[dict[str, Any], list[Trial]]:
     """Success on fixed tasks, spread over the processes. An RL policy (episodes 1) gets three independent attempts."""
     episodes = config.episodes if config.episodes > 1 else 3
-    ids = list(range(config.eval_tasks))[rank::world]
+    ids = list(range(config.eval_tasks))[run.rank :: run.world]
     sampling = Sampling(config.seed, 2**32 + step, config.temperature)
-    trials = rollout(config, sampler, [EVAL_SEED + i for i in ids], ids, sampling, episodes=episodes)
-    lamer.compute_returns(trials, config.credit, config.gamma_step, config.gamma_traj, config.invalid_penalty)
+    trials = rollout(config, run.sampler, [EVAL_SEED + i for i in ids], ids, sampling, episodes=episodes)
+    compute_returns(config, trials)
     return {"step": step, **summarize(trials, episodes, config.device)}, trials
 
 
@@ -538,8 +640,8 @@ def prepare(argv: Sequence[str]) -> tuple[Config, int]:
     return resolve(Config(**{**saved, **given, "out": run, "resume": run})), max(done)
 
 
-def start_run(config: Config, done: int) -> tuple[Any, lamer.Optimizer, Any, int, int]:
-    """Processes, policy, optimizer and sampler of a run; ValueError in one line for whatever the user can mend."""
+def start_run(config: Config, done: int) -> Run:
+    """Set up processes, policy, optimizer and sampler; ValueError in one line for whatever the user can mend."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if config.num_tasks % world:
         raise ValueError(f"--num_tasks {config.num_tasks} cannot be dealt evenly to {world} processes")
@@ -561,102 +663,113 @@ def start_run(config: Config, done: int) -> tuple[Any, lamer.Optimizer, Any, int
         for stale in Path(config.out).glob("*.unfinished"):  # of a killed run
             shutil.rmtree(stale, ignore_errors=True)
     env = env_of(config)
-    source = str(checkpoints(config.resume)[done]) if config.resume else config.model
-    if source == "tiny":
+    start = config.model
+    if start == "tiny":
         if rank == 0:
             warm_policy(config)
         if world > 1:
             dist.barrier()
-        source = str(warm_policy(config))
+        start = str(warm_policy(config))
+    source = str(checkpoints(config.resume)[done]) if config.resume else start
+    reference = load_policy(start, config.dtype, config.device)[0] if config.kl_coef else None
     model, chat = load_policy(source, "float32", config.device)
-    optimizer = lamer.Optimizer(model, config.lr, config.weight_decay, getattr(torch, config.dtype))
+    value_head = None
+    if config.estimator == "ppo":
+        value_head = torch.nn.Linear(model.config.get_text_config().hidden_size, 1, device=config.device)
+        torch.nn.init.zeros_(value_head.weight)
+    optimizer = lamer.Optimizer(
+        model, config.lr, config.weight_decay, getattr(torch, config.dtype), value_head, config.value_lr
+    )
     if config.resume:
-        optimizer.adamw.load_state_dict(torch.load(Path(source, "optimizer.pt"), map_location=config.device))
+        optimizer.load_state(torch.load(Path(source, "optimizer.pt"), map_location="cpu", mmap=True))
     if config.grad_checkpoint:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    if config.slots is None and config.device.startswith("cuda"):
+        plan = memory_plan(config, model.config.get_text_config(), model.num_parameters(), world)
+        trials = config.num_tasks // world * config.group_size
+        config.slots = fit_slots(plan, torch.cuda.get_device_properties(0).total_memory / 1e9, trials)
 
     needed = len(next(lamer.run_trial(env, EVAL_SEED, 1, chat, style=config.style, max_prompt=10**9)).ids)
     if needed > config.max_prompt:
         raise ValueError(f"one turn of {env.name} needs {needed} prompt tokens, --max_prompt is {config.max_prompt}")
-    return model, optimizer, make_sampler(config, model, chat), rank, world
+    return Run(model, optimizer, make_sampler(config, model, chat), value_head, reference, rank, world)
+
+
+def train_step(config: Config, run: Run, ids: Sequence[int], step: int) -> dict[str, Any]:
+    """One step of training on the trials numbered `ids`: play, credit, update. Returns the row to log."""
+    clock = [time.perf_counter()]
+    sampling = Sampling(config.seed, step, config.temperature)
+    seeds = [derive_seed("task", config.seed, step, i // config.group_size) % EVAL_SEED for i in ids]
+    trials = rollout(config, run.sampler, seeds, ids, sampling)
+    clock.append(time.perf_counter())
+
+    compute_returns(config, trials)
+    groups = [trials[i : i + config.group_size] for i in range(0, len(trials), config.group_size)]
+    if config.estimator == "ppo":
+        lamer.compute_values(run.model, run.value_head, trials, config.microbatch_tokens)
+        lamer.ppo_advantages(trials, config.gamma_step, config.gamma_traj, config.gae_lambda)
+    elif config.preset == "official":
+        lamer.official_advantages(groups, config.estimator, config.norm, config.step_weight)
+    else:
+        lamer.compute_advantages(groups, config.estimator, config.norm, config.step_weight)
+    clock.append(time.perf_counter())
+
+    options = {name: getattr(config, name) for name in UPDATE_OPTIONS}
+    options |= dict(reference=run.reference, value_head=run.value_head, vocab_size=run.sampler.chat.vocab_size)
+    stats = lamer.update(run.model, run.optimizer, trials, ids, sampling, **options)
+    clock.append(time.perf_counter())
+
+    spent = [round(end - begin, 3) for begin, end in pairwise(clock)]
+    row = {"step": step + 1, **summarize(trials, config.episodes, config.device), **stats}
+    row |= {"seconds": dict(zip(("rollout", "credit", "update"), spent, strict=True))}
+    return row | {"tokens_per_second": round(row["reply_tokens"] / spent[0]), "peak_gb": peak_gb(config.device)}
 
 
 def main(argv: Sequence[str]) -> None:
     try:
         config, done = prepare(argv)
-        model, optimizer, sampler, rank, world = start_run(config, done)
+        run = start_run(config, done)
     except ValueError as error:
         sys.exit(f"train.py: {error}")
-    out = Path(config.out)
-    if rank == 0:
+    out, is_first = Path(config.out), run.rank == 0
+    if is_first:
         (out / "config.json").write_text(json.dumps(asdict(config), indent=1))
         for name in ("metrics.jsonl", "evals.jsonl"):
             trim_log(out / name, done)
         print(" ".join(f"{k}={v}" for k, v in asdict(config).items() if v is not None), file=sys.stderr)
 
     def log(name: str, row: dict[str, Any]) -> None:
-        if rank == 0:
+        if is_first:
             with open(out / name, "a") as file:
                 file.write(json.dumps(row) + "\n")
 
     def evaluate_and_log(step: int) -> None:
-        result, trials = evaluate(config, sampler, step, rank, world)
+        result, trials = evaluate(config, run, step)
         log("evals.jsonl", result)
-        if rank == 0:
+        if is_first:
             (out / f"trials_{step:06d}.txt").write_text("\n\n".join(map(str, trials[:3])), encoding="utf-8")
-            tqdm.write(
-                f"step {step}: on {config.eval_tasks} fixed tasks, success {percent(result['success'])}",
-                file=sys.stderr,
-            )
+            line = f"step {step}: on {config.eval_tasks} fixed tasks, success {percent(result['success'])}"
+            tqdm.write(line, file=sys.stderr)
 
-    tasks = range(rank, config.num_tasks, world)  # every process plays whole groups
+    tasks = range(run.rank, config.num_tasks, run.world)  # every process plays whole groups
     ids = [task * config.group_size + member for task in tasks for member in range(config.group_size)]
-    with tqdm(total=config.steps, initial=done, desc=config.env, disable=rank > 0, file=sys.stderr) as bar:
+    with tqdm(total=config.steps, initial=done, desc=config.env, disable=not is_first, file=sys.stderr) as bar:
         if config.eval_every and done == 0:
             evaluate_and_log(0)
-        for step in range(done, config.steps):
-            clock = [time.perf_counter()]
-            sampling = Sampling(config.seed, step, config.temperature)
-            seeds = [derive_seed("task", config.seed, step, i // config.group_size) % EVAL_SEED for i in ids]
-            trials = rollout(config, sampler, seeds, ids, sampling)
-            clock.append(time.perf_counter())
-
-            lamer.compute_returns(trials, config.credit, config.gamma_step, config.gamma_traj, config.invalid_penalty)
-            groups = [trials[i : i + config.group_size] for i in range(0, len(trials), config.group_size)]
-            lamer.compute_advantages(groups, config.estimator, config.norm, config.step_weight)
-            clock.append(time.perf_counter())
-
-            stats = lamer.update(
-                model,
-                optimizer,
-                trials,
-                ids,
-                sampling,
-                vocab_size=sampler.chat.vocab_size,
-                clip=config.clip,
-                entropy_bonus=config.entropy_bonus,
-                minibatch=config.minibatch,
-                microbatch_tokens=config.microbatch_tokens,
-                grad_clip=config.grad_clip,
-            )
-            clock.append(time.perf_counter())
-
-            row = {"step": step + 1, **summarize(trials, config.episodes, config.device), **stats}
-            spent = [round(end - begin, 3) for begin, end in pairwise(clock)]
-            row |= {"seconds": dict(zip(("rollout", "credit", "update"), spent, strict=True))}
-            row |= {"tokens_per_second": round(row["reply_tokens"] / spent[0]), "peak_gb": peak_gb(config.device)}
+        for step in range(done + 1, config.steps + 1):
+            row = train_step(config, run, ids, step - 1)
             log("metrics.jsonl", row)
             shown = dict(success=percent(row["success"]), ret=f"{row['return']:.2f}", valid=f"{row['valid']:.0%}")
             bar.set_postfix(**shown, tok_s=row["tokens_per_second"], refresh=False)
             bar.update()
-            is_last = step + 1 == config.steps
-            if config.eval_every and (is_last or (step + 1) % config.eval_every == 0):
-                evaluate_and_log(step + 1)
-            if rank == 0 and (is_last or (config.save_every and (step + 1) % config.save_every == 0)):
-                save_checkpoint(config, step + 1, model, optimizer, sampler.chat.tokenizer)
-    if rank == 0:
+            if config.eval_every and (step == config.steps or step % config.eval_every == 0):
+                evaluate_and_log(step)
+            if step == config.steps or (config.save_every and step % config.save_every == 0):
+                save_checkpoint(config, run, step)
+    if is_first:
         print(f"done: python eval.py --model {config.out}", file=sys.stderr)
-    if world > 1:
+    if run.world > 1:
         dist.destroy_process_group()
 
 
