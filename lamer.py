@@ -249,8 +249,8 @@ def reflection_prompt(
 ) -> str:
     """The prompt for a reflection on the episode just failed. Earlier ones are not shown, `forget` is idle."""
     if style == "compact":
-        last = records[-1][1] if env.is_markov else f"{initial}\n{format_history(records, 2, length)}"
-        return "\n".join(filter(None, [env.rules("compact"), "now", last, "reflect"]))
+        last = records[-1][1] if env.is_markov else format_history(records, 2, length)
+        return "\n".join(filter(None, [env.rules("compact"), initial, "now", last, "reflect"]))
     sections = [
         env.rules("full"),
         f"The task at the start:\n{initial}",
@@ -798,7 +798,8 @@ class Optimizer:
         self.masters = {n: p if dtype == torch.float32 else p.detach().clone() for n, p in self.weights.items()}
         for weight in self.weights.values():  # not model.to(dtype): rotary frequencies must stay fp32
             weight.data = weight.data.to(dtype)
-        self.adamw = torch.optim.AdamW(self.masters.values(), lr=lr, weight_decay=weight_decay)
+        # 0.95, not 0.999: or weights with small gradients so far take triple steps when a rare bad reply comes along
+        self.adamw = torch.optim.AdamW(self.masters.values(), lr=lr, weight_decay=weight_decay, betas=(0.9, 0.95))
         for name, weight in self.weights.items():
             if weight is not self.masters[name]:
                 weight.register_post_accumulate_grad_hook(self.accumulate(self.masters[name]))
