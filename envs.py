@@ -49,6 +49,7 @@ class Env:
     is_markov = False  # True: the last observation tells the whole state, so compact prompts leave out the history
     action_format = "one action inside <action> </action>"  # what the prompt asks for
     warm_skill = 0.5  # skill of the scripted player that the built-in tiny policy is warm-started on
+    warm_share = 1.0  # share of the turns after an episode's first that it is warm-started on
 
     def reset(self, seed: int) -> tuple[str, dict[str, Any]]:
         """Start the task that belongs to `seed` and return (observation, info)."""
@@ -577,7 +578,7 @@ class Sokoban(Env):
 
     name = "sokoban"
     is_markov = True
-    warm_skill = 0.5
+    warm_share = 0.3  # memory is followed on the first turn, so give that more weight
     action_format = "up to three moves separated by commas inside <action> </action>"
 
     def __init__(
@@ -614,7 +615,6 @@ class Sokoban(Env):
         self.on_target = (self.boxes & level.targets).bit_count()
         self.steps = self.turns = 0
         self.done = self.won = False
-        self.played: list[str] = []
 
     def step(self, action: Sequence[str]) -> tuple[str, float, bool, bool, dict[str, Any]]:
         if self.done and not self.original:
@@ -638,7 +638,6 @@ class Sokoban(Env):
             self.won = False
             return -0.1, False
         self.steps += 1
-        self.played.append(name)
         self.player, self.boxes = level.move(self.player, self.boxes, level.deltas[list(MOVES).index(name)])
         before, self.on_target = self.on_target, (self.boxes & level.targets).bit_count()
         self.won = self.boxes == level.targets
@@ -678,17 +677,21 @@ class Sokoban(Env):
         return (words[: self.moves_per_turn], True) if words else (["still"], False)
 
     def scripted(self, skill: float, rng: random.Random, memory: Sequence[str] = ()) -> str:
-        if rng.random() < skill:
+        plan = [word for word in memory[-1].split(", ") if word in MOVES] if memory and not self.turns else []
+        if plan and rng.random() < 0.9:  # begin as the last reflection says
+            words = plan
+        elif rng.random() < skill:
             words = self.level.best_moves(self.player, self.boxes, self.moves_per_turn)
         else:
-            words = [rng.choice(list(MOVES)) for _ in range(self.moves_per_turn)]
-            if not self.played and rng.random() < 0.7:  # a novice who reads does not start like a failed attempt
-                failed = {notes.split()[0] for notes in memory if notes.split()}
-                words[0] = rng.choice([word for word in MOVES if word not in failed] or list(MOVES))
+            words = rng.choices(list(MOVES), k=self.moves_per_turn)
         return f"<action>{', '.join(words or ['still'])}</action>"
 
     def scripted_reflection(self, rng: random.Random) -> str:
-        return f"<remark>{' '.join(self.played)}</remark>"
+        """A plan for the first turn of the next episode: half of the time a shortest solution's, else a guess."""
+        plan = self.level.best_moves(self.level.player, self.level.boxes, self.moves_per_turn)
+        if rng.random() < 0.5:
+            plan = rng.choices(list(MOVES), k=self.moves_per_turn)
+        return f"<remark>{', '.join(plan)}</remark>"
 
 
 # -------------------------------------------------------------------------------------------- make_env

@@ -251,8 +251,8 @@ def reflection_prompt(
 ) -> str:
     """The prompt for a reflection on the episode just failed. Earlier ones are not shown, `forget` is idle."""
     if style == "compact":
-        last = records[-1][1] if env.is_markov else f"{initial}\n{format_history(records, 2, length)}"
-        return "\n".join(filter(None, [env.rules("compact"), "now", last, "reflect"]))
+        last = records[-1][1] if env.is_markov else format_history(records, 2, length)
+        return "\n".join(filter(None, [env.rules("compact"), initial, "now", last, "reflect"]))
     sections = [
         env.rules("full"),
         f"The task at the start:\n{initial}",

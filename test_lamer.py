@@ -1187,10 +1187,6 @@ def test_an_environment_of_ones_own(policy, tmp_path):
 # --------------------------------------------------------------------------------------------- learning, and the README
 
 
-def mean_first_reward(trials):
-    return sum(sum(trial.rewards()[0]) for trial in trials) / len(trials)
-
-
 def warm(env, **options):
     """(config, sampler) of the default warm-started policy."""
     config = train.resolve(train.Config(env=env, model="tiny", device="cpu", **options))
@@ -1247,6 +1243,19 @@ def test_minesweeper_warm_policy_follows_its_memory():
     assert share_opened(boards) > share_opened(boards[1:] + boards[:1]) + 0.1, "what is written changes what is done"
     trials = train.rollout(config, sampler, range(256), range(256), Sampling(seed=9))
     assert sum(trial.success_after(1) for trial in trials) <= 0.4 * 256, "first episodes are played poorly"
+
+
+@pytest.mark.slow
+def test_sokoban_warm_policy_follows_its_memory():
+    """A plan in memory is played on the first turn, whichever it is."""
+    config, sampler = warm("sokoban")
+    plans = ["up, left, down", "down, down, right", "left, up, up", "right, right, left"]
+    for i, plan in enumerate(plans):
+        moves, other = plan.split(", "), plans[i - 1]
+        assert actions_with(config, sampler, [plan] * 128).count(moves) >= 0.25 * 128
+        assert actions_with(config, sampler, [other] * 128).count(moves) <= 0.1 * 128
+    trials = train.rollout(config, sampler, range(256), range(256), Sampling(seed=9))
+    assert sum(trial.success_after(1) for trial in trials) <= 0.6 * 256, "first episodes are played poorly"
 
 
 def test_the_readme_is_true():

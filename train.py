@@ -183,7 +183,7 @@ TINY_DEFAULTS = dict(
     warm_steps=600,
 )
 TINY_ENV_DEFAULTS = {
-    "lockbox": dict(steps=60, lr=5e-4, minibatch=64, max_prompt=48, max_reply=16, tiny_hidden=64, tiny_layers=2),
+    "lockbox": dict(steps=90, lr=5e-4, minibatch=64, max_prompt=48, max_reply=16, tiny_hidden=64, tiny_layers=2),
     "minesweeper": dict(size=4, mines=2, turns=9),
     "sokoban": dict(steps=120, boxes=1),
 }
@@ -291,7 +291,7 @@ def check_logits(model: Any) -> None:
 
 
 # Pieces of text that become one token each: tags, (row, col), row labels, words, single signs.
-PIECES = re.compile(r"</?\w+>|\(\d+, \d+\)|\n?(?:[A-Z]\w* )?\d+:|\n?\w+,?| ?\w+,?| ?[^\w\s]|\s")
+PIECES = re.compile(r"</?\w+>|\(\d+, \d+\)|\n?(?:[A-Z]\w* )?\d+:| ?\w+,?| ?[^\w\s]|\s")
 
 
 class Recorder:
@@ -403,7 +403,10 @@ def warm_policy(config: Config) -> Path:
         while len(turns) < 4 * config.warm_batch:  # a pool of several trials, so that a batch mixes them
             num_trials += 1
             seed = derive_seed("warm", config.seed, num_trials) % 2**31
-            turns += scripted_trial(env, seed, chat=chat, skill=env.warm_skill, rng=rng, **play).turns
+            played = scripted_trial(env, seed, chat=chat, skill=env.warm_skill, rng=rng, **play).turns
+            for before, turn in zip([None, *played], played, strict=False):
+                is_inside = turn.phase == "play" and before is not None and before.episode == turn.episode
+                turns += [turn] * (not is_inside or rng.random() < env.warm_share)
         rng.shuffle(turns)
         batch, turns = turns[: config.warm_batch], turns[config.warm_batch :]
         bar.set_postfix(loss=f"{imitate(model, batch, config.microbatch_tokens):.3f}", refresh=False)
