@@ -172,10 +172,8 @@ def main(argv: Sequence[str]) -> None:
         train.env_of(config).reset(seed=EVAL_SEED)
         model, chat = train.load_policy(source, config.dtype, config.device)
         sampler = train.make_sampler(config, model, chat)
-        paper = dict(temperature=0.7, top_p=0.8, top_k=20)
-        own = dict(temperature=1.0, top_p=1.0, top_k=0) if config.style == "compact" else paper
-        own |= {name: value for name in own if (value := getattr(given, name)) is not None}
-        sampling = Sampling(seed=given.seed, step=2**33, **own)
+        own = {k: getattr(given, k) for k in ("temperature", "top_p", "top_k") if getattr(given, k) is not None}
+        sampling = train.eval_sampling(config, seed=given.seed, step=2**33, **own)
         seeds = [EVAL_SEED + i for i in range(given.num_tasks)]
         trials = play(config, sampler, seeds, sampling, given.memory == "swapped")
     except ValueError as error:
@@ -183,10 +181,10 @@ def main(argv: Sequence[str]) -> None:
 
     memory = given.memory if given.memory == "swapped" else config.memory
     row = {"env": config.env, "model": source, "memory": memory, "prompting": given.prompting, "seed": given.seed}
-    row |= {**own, **result(config, trials)}
+    row |= {name: getattr(sampling, name) for name in ("temperature", "top_p", "top_k")} | result(config, trials)
     row["environment"] = {k: getattr(config, k) for k in ENV_OPTIONS if getattr(config, k) is not None}
     head = "".join(f"{f'after {k + 1}':>22s}" for k in range(config.episodes))
-    print(f"{config.env}, {len(seeds)} tasks, temperature {own['temperature']:g}, success with 95% interval\n")
+    print(f"{config.env}, {len(seeds)} tasks, temperature {sampling.temperature:g}, success with 95% interval\n")
     print(f"{'':28s}{head}   return   valid")
     how = given.prompting or f"memory {memory}"
     print(table_row(f"{Path(source).name}, {how}", row))

@@ -13,6 +13,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -1051,6 +1052,21 @@ def test_two_processes_equal_one_and_each_resumes_the_other(finished_run, tmp_pa
         rows(finished_run / "metrics.jsonl", *CLOCKS), rows(tmp_path / "metrics.jsonl", *CLOCKS), strict=True
     ):
         assert a["success"] == b["success"] and a["entropy"] == pytest.approx(b["entropy"], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_two_agents_equal_one_process(finished_run, tmp_path):
+    """Two nodes, as far as one machine can tell: two torchrun agents that meet on the loopback address."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    flags = ["--nnodes", 2, "--nproc-per-node", 1, "--master-addr", "127.0.0.1", "--master-port", port]
+    command = ["train.py", *SMALL, "--steps", 2, "--out", tmp_path]
+    nodes = [start("torchrun", *flags, "--node-rank", rank, *command) for rank in (0, 1)]
+    texts = [node.communicate(timeout=600)[0] for node in nodes]
+    assert all(node.returncode == 0 for node in nodes), texts
+    one, two = weights_of(finished_run / "step_000002"), weights_of(tmp_path / "step_000002")
+    assert max((one[name] - two[name]).abs().max() for name in one) < 1e-5
 
 
 def test_eval_command(finished_run, tmp_path):

@@ -608,11 +608,18 @@ def summarize(trials: Sequence[Trial], episodes: int, device: str = "cpu") -> di
     return means | {"turns": int(num_turns), "reply_tokens": int(num_tokens), "shortened": int(num_shortened)}
 
 
+def eval_sampling(config: Config, **given: Any) -> Sampling:
+    """How evaluations sample: hub models as in the paper, the tiny policy as it is."""
+    paper = dict(temperature=0.7, top_p=0.8, top_k=20)
+    own = dict(temperature=1.0, top_p=1.0, top_k=0) if config.style == "compact" else paper
+    return Sampling(**own | given)
+
+
 def evaluate(config: Config, run: Run, step: int) -> tuple[dict[str, Any], list[Trial]]:
     """Success on fixed tasks, spread over the processes. An RL policy (episodes 1) gets three independent attempts."""
     episodes = config.episodes if config.episodes > 1 else 3
     ids = list(range(config.eval_tasks))[run.rank :: run.world]
-    sampling = Sampling(config.seed, 2**32 + step, config.temperature)
+    sampling = eval_sampling(config, seed=config.seed, step=2**32 + step)
     trials = rollout(config, run.sampler, [EVAL_SEED + i for i in ids], ids, sampling, episodes=episodes)
     compute_returns(config, trials)
     return {"step": step, **summarize(trials, episodes, config.device)}, trials
@@ -650,7 +657,8 @@ def start_run(config: Config, done: int) -> Run:
         raise ValueError(f"--num_tasks {config.num_tasks} cannot be dealt evenly to {world} processes")
     if config.device.startswith("cuda"):
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        if rank == 0 and (idle := torch.cuda.device_count() - world) > 0:
+        idle = torch.cuda.device_count() - int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if rank == 0 and idle > 0:
             print(f"{idle} GPUs stay idle; torchrun --nproc-per-node=gpu train.py ... uses all", file=sys.stderr)
     if world > 1:
         dist.init_process_group("nccl" if config.device.startswith("cuda") else "gloo")
