@@ -106,7 +106,7 @@ class Config:
     weight_decay: float | None = None  # AdamW's
     minibatch: int | None = None  # turns per optimizer step, over all processes (paper: 64)
     microbatch_tokens: int = 8192  # tokens per forward and backward pass; lower it when memory runs out
-    grad_checkpoint: bool = False  # recompute activations in the backward pass: less memory, about a third slower
+    grad_checkpoint: bool | None = None  # recompute activations in the backward pass: less memory, about a third slower
     # sampling
     sampler: str = "slots"  # slots, or generate for the plain reference
     slots: int | None = None  # trials decoded at once; default: 128, or as many as fit into the GPU's free memory
@@ -168,7 +168,15 @@ CHOICES = {
 }
 # Later tables win. A real model trains on the paper's settings; the tiny one's were found by trying (README).
 DEFAULTS = dict(
-    steps=300, episodes=3, gamma_traj=0.6, style="full", lr=1e-6, minibatch=64, max_prompt=2048, max_reply=1024
+    steps=300,
+    episodes=3,
+    gamma_traj=0.6,
+    style="full",
+    lr=1e-6,
+    minibatch=64,
+    grad_checkpoint=True,
+    max_prompt=2048,
+    max_reply=1024,
 )
 ENV_DEFAULTS = {"lockbox": dict(episodes=2), "sokoban": dict(gamma_traj=0.9)}
 TINY_DEFAULTS = dict(
@@ -176,6 +184,7 @@ TINY_DEFAULTS = dict(
     style="compact",
     lr=3e-4,
     minibatch=256,
+    grad_checkpoint=False,
     max_prompt=192,
     max_reply=64,
     tiny_hidden=128,
