@@ -697,16 +697,18 @@ class Sokoban(Env):
 # -------------------------------------------------------------------------------------------- make_env
 
 ENVS: dict[str, type[Env]] = {cls.name: cls for cls in (Lockbox, MineSweeper, Sokoban)}
+WORLDS = {"webshop": "webshop.py:WebShop", "alfworld": "alfworld.py:AlfWorld"}  # files of their own, in worlds/
 
 
 def env_class(name: str) -> type[Env]:
     """The environment class for a built-in name or for `path/to/file.py:Class`; ValueError says what is wrong."""
     if name in ENVS:
         return ENVS[name]
-    path, colon, class_name = name.rpartition(":")
+    file = f"{Path(__file__).parent}/worlds/{WORLDS[name]}" if name in WORLDS else name
+    path, colon, class_name = file.rpartition(":")
     if not colon or not path.endswith(".py"):
         raise ValueError(
-            f"no environment is called {name!r}; use {', '.join(ENVS)} or a file of yours as file.py:Class"
+            f"no environment is called {name!r}; use {', '.join([*ENVS, *WORLDS])} or a file of yours as file.py:Class"
         )
     if not Path(path).is_file():
         raise ValueError(f"--env {name}: there is no file {path}")

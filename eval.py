@@ -112,6 +112,16 @@ def result(config: Config, trials: Sequence[Trial]) -> dict[str, Any]:
     won = [sum(trial.success_after(k + 1) for trial in trials) for k in range(config.episodes)]
     env = train.env_of(config)
     first = Counter(str(env.parse(trial.turns[0].reply)[0]) for trial in trials)
+    scores = [trial.info["task_score"] for trial in trials if "task_score" in trial.info]  # WebShop
+    types = sorted({trial.info["task_type"] for trial in trials if "task_type" in trial.info})  # ALFWorld
+    by_type = {kind: [trial for trial in trials if trial.info["task_type"] == kind] for kind in types}
+    extra = {"task_score": sum(scores) / len(scores)} if scores else {}
+    if types:
+        after = range(1, config.episodes + 1)
+        extra["success_by_type"] = {
+            kind: [sum(trial.success_after(k) for trial in same) / len(same) for k in after]
+            for kind, same in by_type.items()
+        }
     return {
         **train.summarize(trials, config.episodes),
         "ci95": [wilson(successes, len(trials)) for successes in won],
@@ -119,6 +129,7 @@ def result(config: Config, trials: Sequence[Trial]) -> dict[str, Any]:
         "episodes": config.episodes,
         "first_episode_reward": sum(sum(trial.rewards()[0]) for trial in trials) / len(trials),
         "first_actions": dict(first.most_common()),
+        **extra,
     }
 
 
@@ -188,6 +199,10 @@ def main(argv: Sequence[str]) -> None:
     print(f"{'':28s}{head}   return   valid")
     how = given.prompting or f"memory {memory}"
     print(table_row(f"{Path(source).name}, {how}", row))
+    for kind, success in row.get("success_by_type", {}).items():
+        print(f"  {kind:26s}" + "".join(f"{share:22.1%}" for share in success))
+    if "task_score" in row:
+        print(f"  mean task score {row['task_score']:.3f}")
     if scripted := play_scripted(config, seeds):
         row["scripted"] = result(config, scripted)
         print(table_row("scripted player, full skill", row["scripted"]))

@@ -73,6 +73,7 @@ class Trial:
     turns: list[Turn] = field(default_factory=list)
     past: list[Episode] = field(default_factory=list)  # what later episodes can see of each failed one
     won_in: int | None = None  # the episode that solved the task
+    info: dict[str, Any] = field(default_factory=dict)  # the environment's, after the last turn
     num_shortened: int = 0  # prompts that had to be shortened
 
     def success_after(self, episodes: int) -> bool:
@@ -158,6 +159,7 @@ def run_trial(
             records.append((str(action), observation, done))
             anchor = before if anchor is None else anchor
             trial.turns.append(Turn(episode, "play", ids, *reply, before, float(reward), is_valid, anchor))
+        trial.info = info
         if info.get("won", terminated and reward > 0):
             trial.won_in = episode
             break

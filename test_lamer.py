@@ -212,26 +212,16 @@ def test_golden_maths():
 
 
 def check_official_advantages(case):
-    """Recorded rows as trials of one play episode each are not what they were, so rows are rebuilt member by member."""
-    groups, order = {}, []
+    members = {}
     for row in case["rows"]:
-        members = groups.setdefault(row["group"], {})
-        members.setdefault(row["member"], []).append(row)
-    trials = {}
-    for group, members in groups.items():
-        for member, rows in members.items():
-            trial = trials[group, member] = RecordedTrial(rows)
-            order += [(row, turn) for row, turn in zip(rows, trial.turns, strict=True)]
-    by_group = [[t for (g, _), t in trials.items() if g == group] for group in groups]
-    for name, estimator, norm in (
-        ("gigpo_mean_norm", "gigpo", "mean"),
-        ("gigpo_mean_std_norm", "gigpo", "mean_std"),
-        ("grpo", "grpo", "mean"),
-        ("grpo_no_std", "reinforce", "mean"),
-        ("rloo", "rloo", "mean"),
-    ):
-        lamer.official_advantages(by_group, estimator, norm, case["step_advantage_w"])
-        ours = {id(row): turn.advantage for row, turn in order}
+        members.setdefault((row["group"], row["member"]), []).append(row)
+    trials = {key: RecordedTrial(rows) for key, rows in members.items()}
+    groups = [[trial for (g, _), trial in trials.items() if g == group] for group in {group: 0 for group, _ in trials}]
+    order = [id(row) for rows in members.values() for row in rows]
+    recorded = dict(gigpo_mean_norm=("gigpo", "mean"), gigpo_mean_std_norm=("gigpo", "mean_std"), grpo=("grpo", "mean"))
+    for name, options in (recorded | dict(grpo_no_std=("reinforce", "mean"), rloo=("rloo", "mean"))).items():
+        lamer.official_advantages(groups, *options, step_weight=case["step_advantage_w"])
+        ours = dict(zip(order, [turn.advantage for trial in trials.values() for turn in trial.turns], strict=True))
         assert np.allclose([ours[id(row)] for row in case["rows"]], case["official"][name], atol=1e-4), name
 
 
