@@ -249,8 +249,9 @@ def reflection_prompt(
 ) -> str:
     """The prompt for a reflection on the episode just failed. Earlier ones are not shown, `forget` is idle."""
     if style == "compact":
-        last = records[-1][1] if env.is_markov else format_history(records, 2, length)
-        return "\n".join(filter(None, [env.rules("compact"), initial, "now", last, "reflect"]))
+        last = records[-1][1] if env.is_markov else f"{initial}\n{format_history(records, 2, length)}"
+        start = initial if env.plans_from_start else ""
+        return "\n".join(filter(None, [env.rules("compact"), start, "now", last, "reflect"]))
     sections = [
         env.rules("full"),
         f"The task at the start:\n{initial}",
@@ -280,6 +281,10 @@ class Chat:
             head, _, tail = text.partition(marker)
         self.head = tokenizer.encode(head, add_special_tokens=False)
         self.tail = tokenizer.encode(tail, add_special_tokens=False)
+        self.backend = getattr(tokenizer, "backend_tokenizer", None)  # several times faster without what is around it
+        if self.backend:
+            self.backend.no_truncation()
+            self.backend.no_padding()
         self.stop_ids = {i for i in (*stop_ids, tokenizer.eos_token_id) if i is not None}
         if not self.stop_ids:
             raise ValueError("the tokenizer has no end-of-sequence token, so replies would never end")
@@ -291,7 +296,10 @@ class Chat:
 
     def encode_plain(self, text: str) -> list[int]:
         """Token ids of the text alone, with no special tokens whatever it holds."""
-        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        if self.backend is None:
+            return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        self.backend.encode_special_tokens = True
+        return self.backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, reply_ids: Sequence[int]) -> str:
         """The text of a reply, without its end token."""
@@ -792,14 +800,13 @@ class Optimizer:
     averaged.
     """
 
-    def __init__(self, model: Any, lr: float, weight_decay: float = 0.0, dtype: torch.dtype = torch.float32):
-        """Takes an fp32 model and turns its weights into `dtype`."""
+    def __init__(self, model: Any, lr: float, dtype: torch.dtype = torch.float32, **adamw: Any):
+        """Takes an fp32 model and turns its weights into `dtype`; `adamw` are torch.optim.AdamW's options."""
         self.weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.masters = {n: p if dtype == torch.float32 else p.detach().clone() for n, p in self.weights.items()}
         for weight in self.weights.values():  # not model.to(dtype): rotary frequencies must stay fp32
             weight.data = weight.data.to(dtype)
-        # 0.95, not 0.999: or weights with small gradients so far take triple steps when a rare bad reply comes along
-        self.adamw = torch.optim.AdamW(self.masters.values(), lr=lr, weight_decay=weight_decay, betas=(0.9, 0.95))
+        self.adamw = torch.optim.AdamW(self.masters.values(), lr=lr, **{"weight_decay": 0.0} | adamw)
         for name, weight in self.weights.items():
             if weight is not self.masters[name]:
                 weight.register_post_accumulate_grad_hook(self.accumulate(self.masters[name]))
