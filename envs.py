@@ -48,6 +48,7 @@ class Env:
     turn_limit = 10  # model calls per episode
     is_markov = False  # True: the last observation tells the whole state, so compact prompts leave out the history
     action_format = "one action inside <action> </action>"  # what the prompt asks for
+    plans_from_start = False  # True: compact reflection prompts show the first observation, too
     warm_skill = 0.5  # skill of the scripted player that the built-in tiny policy is warm-started on
     warm_share = 1.0  # share of the turns after an episode's first that it is warm-started on
 
@@ -578,7 +579,8 @@ class Sokoban(Env):
 
     name = "sokoban"
     is_markov = True
-    warm_share = 0.3  # memory is followed on the first turn, so give that more weight
+    plans_from_start = True
+    warm_share = 0.15  # memory is followed on the first turn, so give that more weight
     action_format = "up to three moves separated by commas inside <action> </action>"
 
     def __init__(

@@ -253,8 +253,9 @@ def reflection_prompt(
 ) -> str:
     """The prompt for a reflection on the episode just failed. Earlier ones are not shown, `forget` is idle."""
     if style == "compact":
-        last = records[-1][1] if env.is_markov else format_history(records, 2, length)
-        return "\n".join(filter(None, [env.rules("compact"), initial, "now", last, "reflect"]))
+        last = records[-1][1] if env.is_markov else f"{initial}\n{format_history(records, 2, length)}"
+        start = initial if env.plans_from_start else ""
+        return "\n".join(filter(None, [env.rules("compact"), start, "now", last, "reflect"]))
     sections = [
         env.rules("full"),
         f"The task at the start:\n{initial}",
@@ -284,6 +285,10 @@ class Chat:
             head, _, tail = text.partition(marker)
         self.head = tokenizer.encode(head, add_special_tokens=False)
         self.tail = tokenizer.encode(tail, add_special_tokens=False)
+        self.backend = getattr(tokenizer, "backend_tokenizer", None)  # several times faster without what is around it
+        if self.backend:
+            self.backend.no_truncation()
+            self.backend.no_padding()
         self.stop_ids = {i for i in (*stop_ids, tokenizer.eos_token_id) if i is not None}
         if not self.stop_ids:
             raise ValueError("the tokenizer has no end-of-sequence token, so replies would never end")
@@ -295,7 +300,10 @@ class Chat:
 
     def encode_plain(self, text: str) -> list[int]:
         """Token ids of the text alone, with no special tokens whatever it holds."""
-        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        if self.backend is None:
+            return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        self.backend.encode_special_tokens = True
+        return self.backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, reply_ids: Sequence[int]) -> str:
         """The text of a reply, without its end token."""
@@ -917,12 +925,15 @@ class Optimizer:
         self,
         model: Any,
         lr: float,
-        weight_decay: float = 0.0,
         dtype: torch.dtype = torch.float32,
         value_head: torch.nn.Module | None = None,
         value_lr: float = 1e-3,
+        **adamw: Any,
     ):
-        """Takes an fp32 model and turns its weights into `dtype`; a value head stays in fp32."""
+        """Takes an fp32 model and turns its weights into `dtype`; a value head stays in fp32.
+
+        `adamw` are options of torch.optim.AdamW.
+        """
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.policy = {name: p for name, p in model.named_parameters() if p.requires_grad}
         values = {f"value_head.{name}": p for name, p in value_head.named_parameters()} if value_head else {}
@@ -943,8 +954,7 @@ class Optimizer:
             {"params": [p for n, p in self.masters.items() if n not in values]},
             {"params": [p for n, p in self.masters.items() if n in values], "lr": value_lr, "weight_decay": 0.0},
         ]
-        # 0.95, not 0.999: or weights with small gradients so far take triple steps when a rare bad reply comes along
-        self.adamw = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.95))
+        self.adamw = torch.optim.AdamW(groups, lr=lr, **{"weight_decay": 0.0} | adamw)
 
     def accumulate(self, name: str, weight: Tensor) -> None:
         """Move a weight's fresh gradient into its fp32 sum."""

@@ -104,6 +104,7 @@ class Config:
     kl: str = "k3"  # its estimate: k1, k2 or k3 (see lamer.kl_estimate)
     grad_clip: float = 1.0  # largest gradient norm
     weight_decay: float | None = None  # AdamW's
+    beta2: float | None = None  # AdamW's; at 0.999 a rare bad reply moves weights with small gradients so far thrice
     minibatch: int | None = None  # turns per optimizer step, over all processes (paper: 64)
     microbatch_tokens: int = 8192  # tokens per forward and backward pass; lower it when memory runs out
     grad_checkpoint: bool | None = None  # recompute activations in the backward pass: less memory, about a third slower
@@ -132,7 +133,7 @@ class Config:
     tiny_hidden: int | None = None  # width
     tiny_layers: int | None = None  # depth
     warm_steps: int | None = None  # steps of imitation before RL
-    warm_batch: int = 64  # turns per step of imitation
+    warm_batch: int | None = None  # turns per step of imitation
     warm_lr: float = 2e-3  # peak learning rate of imitation
 
 
@@ -175,6 +176,7 @@ DEFAULTS = dict(
     lr=1e-6,
     minibatch=64,
     grad_checkpoint=True,
+    beta2=0.999,
     max_prompt=2048,
     max_reply=1024,
 )
@@ -190,11 +192,14 @@ TINY_DEFAULTS = dict(
     tiny_hidden=128,
     tiny_layers=4,
     warm_steps=600,
+    warm_batch=64,
 )
 TINY_ENV_DEFAULTS = {
-    "lockbox": dict(steps=90, lr=5e-4, minibatch=64, max_prompt=48, max_reply=16, tiny_hidden=64, tiny_layers=2),
+    "lockbox": dict(
+        steps=90, lr=5e-4, beta2=0.95, minibatch=64, max_prompt=48, max_reply=16, tiny_hidden=64, tiny_layers=2
+    ),
     "minesweeper": dict(size=4, mines=2, turns=9),
-    "sokoban": dict(steps=120, boxes=1),
+    "sokoban": dict(steps=120, boxes=1, warm_steps=500, warm_batch=48),
 }
 
 
@@ -300,7 +305,7 @@ def check_logits(model: Any) -> None:
 
 
 # Pieces of text that become one token each: tags, (row, col), row labels, words, single signs.
-PIECES = re.compile(r"</?\w+>|\(\d+, \d+\)|\n?(?:[A-Z]\w* )?\d+:| ?\w+,?| ?[^\w\s]|\s")
+PIECES = re.compile(r"</?\w+>|\(\d+, \d+\)|\n?(?:[A-Z]\w* )?\d+:|\n\w+(?![\w,])| ?\w+,?| ?[^\w\s]|\s")
 
 
 class Recorder:
@@ -389,7 +394,7 @@ def warm_policy(config: Config) -> Path:
         raise ValueError(f"{error}, which the tiny policy's warm start needs; give another --model") from error
     options = {k: v for k, v in asdict(config).items() if k == "seed" or k.startswith(("tiny_", "warm_"))}
     code = [inspect.getsource(function) for function in (warm_policy, imitate, make_tokenizer, tiny_shape)]
-    key = hashlib.sha256(json.dumps([code, recorder.texts, play, options]).encode()).hexdigest()[:12]
+    key = hashlib.sha256(json.dumps([code, PIECES.pattern, recorder.texts, play, options]).encode()).hexdigest()[:12]
     folder = Path(os.environ.get("LAMER_CACHE", "~/.cache/lamer")).expanduser() / f"tiny-{env.name}-{key}"
     if folder.is_dir():
         return folder
@@ -415,7 +420,7 @@ def warm_policy(config: Config) -> Path:
             played = scripted_trial(env, seed, chat=chat, skill=env.warm_skill, rng=rng, **play).turns
             for before, turn in zip([None, *played], played, strict=False):
                 is_inside = turn.phase == "play" and before is not None and before.episode == turn.episode
-                turns += [turn] * (not is_inside or rng.random() < env.warm_share)
+                turns += [turn] * (not is_inside or env.warm_share == 1 or rng.random() < env.warm_share)
         rng.shuffle(turns)
         batch, turns = turns[: config.warm_batch], turns[config.warm_batch :]
         bar.set_postfix(loss=f"{imitate(model, batch, config.microbatch_tokens):.3f}", refresh=False)
@@ -697,9 +702,9 @@ def start_run(config: Config, done: int) -> Run:
     if config.estimator == "ppo":
         value_head = torch.nn.Linear(model.config.get_text_config().hidden_size, 1, device=config.device)
         torch.nn.init.zeros_(value_head.weight)
-    optimizer = lamer.Optimizer(
-        model, config.lr, config.weight_decay, getattr(torch, config.dtype), value_head, config.value_lr
-    )
+    adamw = dict(lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, config.beta2))
+    head = dict(value_head=value_head, value_lr=config.value_lr)
+    optimizer = lamer.Optimizer(model, dtype=getattr(torch, config.dtype), **head, **adamw)
     if config.resume:
         optimizer.load_state(torch.load(Path(source, "optimizer.pt"), map_location="cpu", mmap=True))
     if config.grad_checkpoint:
