@@ -1,4 +1,4 @@
-"""WebShop: buy what an instruction asks for, in a shop of text pages (Yao et al., 2022), as LaMer's experiments play it.
+"""WebShop: buy what an instruction asks for, in a shop of text pages (Yao et al., 2022), as in LaMer's experiments.
 
 Loads the genuine files or generates a catalogue of the same format, and needs no Java, no web server and no tagger:
 
@@ -15,7 +15,6 @@ be won; no `click[search]`, which does nothing. `original=True` restores the las
 
 import itertools
 import json
-import math
 import random
 import re
 import string
@@ -41,7 +40,7 @@ VALIDATION_SEED = 2**31  # the project evaluates with seeds from here on
 MOST_VALIDATION_GOALS = 500
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Product:
     """A product after loading. `choices` maps what can be clicked to its option's name; see `clickable_values`."""
 
@@ -81,7 +80,7 @@ class Goal:
 
     product: Product
     text: str
-    attributes: list[str]
+    attributes: tuple[str, ...]
     options: dict[str, str] | list[str]
     price_upper: float
     weight: float = 1.0
@@ -90,6 +89,10 @@ class Goal:
     def values(self) -> list[str]:
         """The option values asked for."""
         return list(self.options.values() if isinstance(self.options, dict) else self.options)
+
+
+# What goals are made of: product, instruction, attributes, and the option values asked for, or None for all of them.
+Instruction = tuple[Product, str, tuple[str, ...], list[str] | None]
 
 
 def read_json(path: Path, kind: type) -> Any:
@@ -162,7 +165,7 @@ def read_product(record: dict[str, Any], attributes: list[str], place: str) -> P
 
 def read_catalogue(
     records: Sequence[Any], notes: dict[str, Any], human: dict[str, Any] | None, files: Sequence[str]
-) -> tuple[list[Product], list[tuple[Product, str, list[str], list[str] | None]]]:
+) -> tuple[list[Product], list[Instruction]]:
     """The products, and what goals are made of: (product, instruction, attributes, option values or None for any).
 
     `records`, `notes` and `human` are the contents of the three `files`; without `human` the instructions are those of
@@ -188,7 +191,7 @@ def read_catalogue(
             asked = note.get("instruction_attributes")
             check(isinstance(note["instruction"], str), note_place, "instruction is no text")
             check(is_texts(asked), note_place, "instruction_attributes is no list of texts")
-            instructions.append((product, note["instruction"], asked, None))
+            instructions.append((product, note["instruction"], tuple(asked), None))
         entries = [] if human is None else human.get(asin, [])
         check(isinstance(entries, list), f"{files[-1]}: {asin}", "is no list")
         for j, entry in enumerate(entries):
@@ -197,12 +200,12 @@ def read_catalogue(
             asked, values = entry.get("instruction_attributes"), entry.get("instruction_options")
             check(is_texts(asked) and is_texts(values), where, "attributes or options are no lists of texts")
             if asked:
-                instructions.append((product, entry["instruction"].strip("."), asked, values))
+                instructions.append((product, entry["instruction"].strip("."), tuple(asked), values))
     return products, instructions
 
 
 def make_goals(
-    instructions: Iterable[tuple[Product, str, list[str], list[str] | None]],
+    instructions: Iterable[Instruction],
     prices: dict[str, float],
     rng: random.Random,
 ) -> list[Goal]:
@@ -237,19 +240,21 @@ STOP_WORDS = frozenset(
     "to was will with".split()
 )
 BEYOND_ASCII = [(chr(i), unicodedata.category(chr(i))) for i in range(0x80, 0x10000)]
-MARKS = "".join(c for c, kind in BEYOND_ASCII if kind[0] == "M" or (kind == "Cf" and c != "\u200b"))  # stay in the word
+MARKS = "".join(c for c, kind in BEYOND_ASCII if kind[0] == "M" or (kind == "Cf" and c != "\u200b"))
+MARKS += "\uff9e\uff9f"  # with the marks, these two Katakana signs belong to the character before them
 NUMERALS = "".join(
     c for c, kind in BEYOND_ASCII if kind == "No"
 )  # ½ and the like separate, though Python's \w has them
-SINGLE = "\u3005\u3007\u3021-\u3029\u3038-\u303b\u3041-\u3096\u309d-\u309f\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-KATAKANA = "\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff\uff66-\uff9f"
+SINGLE = "\u3005\u3007\u3021-\u3029\u3038-\u303b\u3041-\u3096\u309d-\u309f"  # every Hiragana or Han sign is a word
+SINGLE += "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+KATAKANA = "\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff\uff66-\uff9d"
 PICTOGRAPHS = (
     "\u00a9\u00ae\u203c\u2049\u2122\u2194-\u2199\u21a9-\u21aa\u231a-\u231b\u2328\u2388\u23cf\u23e9-\u23f3\u23f8-\u23fa"
     "\u25aa-\u25ab\u25b6\u25c0\u25fb-\u25fe\u2600-\u2605\u2607-\u2612\u2614-\u2685\u2690-\u2705\u2708-\u2712\u2714\u2716"
     "\u271d\u2721\u2728\u2733-\u2734\u2744\u2747\u274c\u274e\u2753-\u2755\u2757\u2763-\u2767\u2795-\u2797\u27a1\u27b0"
     "\u27bf\u2934-\u2935\u2b05-\u2b07\u2b1b-\u2b1c\u2b50\u2b55\u3030\u303d\U0001f000-\U0001faff"
 )
-APART = NUMERALS + SINGLE + KATAKANA + PICTOGRAPHS
+APART = NUMERALS + SINGLE + KATAKANA + PICTOGRAPHS + "\uff9e\uff9f"  # no part of ordinary words
 RUN = rf"[^\W{APART}]+(?:[{MARKS}]+[^\W{APART}]*)*"
 LETTER = rf"[^\W\d_{APART}]"
 WORD = re.compile(
@@ -259,12 +264,18 @@ WORD = re.compile(
 
 
 def analyze(text: str) -> list[str]:
-    """The terms of a text: Unicode words without possessive s and stop words, stemmed, as Lucene's English analyzer.
+    """The terms of a text, as Lucene's English analyzer finds them: Unicode words, each made a `term` or dropped.
 
     analyze("The boys' 3.5\" Women's shoes") == ["boi", "3.5", "women", "shoe"]
     """
-    words = [re.sub(r"['’＇][sS]$", "", word).lower() for word in WORD.findall(text) if word.strip("_")]
-    return [stem(word) for word in words if word not in STOP_WORDS]
+    return [found for word in WORD.findall(text) if (found := term(word))]
+
+
+@lru_cache(maxsize=1 << 17)
+def term(word: str) -> str:
+    """The stem of a word without possessive s; "" for stop words and bare underscores."""
+    word = re.sub(r"['’＇][sS]$", "", word).lower()
+    return stem(word) if word not in STOP_WORDS and word.strip("_") else ""
 
 
 SUFFIXES_2 = (
@@ -289,7 +300,6 @@ def letter_kinds(word: str) -> str:
     return kinds
 
 
-@lru_cache(maxsize=1 << 17)
 def stem(word: str) -> str:
     """Porter's stemmer with his two later changes (https://tartarus.org/martin/PorterStemmer/)."""
     if len(word) < 3:
@@ -411,24 +421,24 @@ def nouns(title: str) -> list[str]:
 
 
 @lru_cache(maxsize=1 << 17)
-def token_set(text: str) -> tuple[frozenset[str], str]:
-    """The set of words of a text, and the same as sorted text."""
+def token_set(text: str) -> tuple[frozenset[str], str, Counter]:
+    """The set of words of a text, the same as sorted text, and its letters."""
     tokens = frozenset(re.sub(r"\W", " ", re.sub(r"[\x80-\xff]", "", text)).lower().split())
-    return tokens, " ".join(sorted(tokens))
+    ordered = " ".join(sorted(tokens))
+    return tokens, ordered, Counter(ordered)
 
 
-@lru_cache(maxsize=1 << 17)
 def token_set_ratio(a: str, b: str) -> int:
     """How alike two texts are, 0 to 100, whatever the order and number of their words (thefuzz's rule).
 
     token_set_ratio("blue shirt", "a shirt, light blue") == 100
     """
-    (tokens_a, sorted_a), (tokens_b, sorted_b) = token_set(a), token_set(b)
+    (tokens_a, ordered_a, _), (tokens_b, ordered_b, _) = token_set(a), token_set(b)
     if not tokens_a or not tokens_b:
         return 0
     if tokens_a <= tokens_b or tokens_b <= tokens_a:
         return 100
-    pairs = [(sorted_a, sorted_b)]
+    pairs = [(ordered_a, ordered_b)]
     if shared := tokens_a & tokens_b:
         common = " ".join(sorted(shared))
         longer = [" ".join([common, *sorted(tokens - shared)]) for tokens in (tokens_a, tokens_b)]
@@ -436,13 +446,19 @@ def token_set_ratio(a: str, b: str) -> int:
     return max(round(100 * SequenceMatcher(None, *pair).ratio()) for pair in pairs)
 
 
+@lru_cache(maxsize=1 << 17)
 def is_close(a: str, b: str) -> bool:
-    """Whether two texts match: token_set_ratio above 85, known at once for texts of unlike length and no common word."""
-    (tokens_a, sorted_a), (tokens_b, sorted_b) = token_set(a), token_set(b)
-    shorter, both = min(len(sorted_a), len(sorted_b)), len(sorted_a) + len(sorted_b)
-    return (2 * shorter >= 0.85 * both or not tokens_a.isdisjoint(tokens_b)) and token_set_ratio(a, b) > 85
+    """Whether two texts match: token_set_ratio above 85. Without a common word, too few common letters decide."""
+    (tokens_a, ordered_a, letters_a), (tokens_b, ordered_b, letters_b) = token_set(a), token_set(b)
+    least = 0.85 * (len(ordered_a) + len(ordered_b)) / 2
+    if tokens_a.isdisjoint(tokens_b) and (
+        min(len(ordered_a), len(ordered_b)) < least or (letters_a & letters_b).total() < least
+    ):
+        return False
+    return token_set_ratio(a, b) > 85
 
 
+@lru_cache(maxsize=1 << 17)
 def plain_option(option: str | tuple[str, str]) -> str:
     """The first known colour that is in the option, or the option as text.
 
@@ -469,7 +485,8 @@ def type_score(product: Product, goal: Product) -> dict[str, Any]:
     return dict(r_type=r_type, query_match=query_match, category_match=category_match, title_score=title_score)
 
 
-def count_attributes(product: Product, attributes: Sequence[str]) -> int:
+@lru_cache(maxsize=1 << 12)
+def count_attributes(product: Product, attributes: tuple[str, ...]) -> int:
     """How many of the attributes the product has, by its attributes or in its texts."""
     texts = [product.title.lower(), " ".join(product.bullets).lower(), product.description.lower()]
 
@@ -511,7 +528,7 @@ class Shop:
     the shuffle; `rng` is left where the original goes on drawing session names and goals.
     """
 
-    def __init__(self, products: list[Product], instructions: Iterable[tuple], seed: int):
+    def __init__(self, products: list[Product], instructions: Iterable[Instruction], seed: int):
         self.products, rng = products, random.Random(seed)
         self.prices = {p.asin: p.prices[0] if len(p.prices) == 1 else rng.uniform(*p.prices) for p in products}
         self.goals = make_goals(instructions, self.prices, rng)
@@ -883,6 +900,7 @@ class WebShop(Env):
         self.shop = open_shop(data, products, human_goals, shop_seed)
         self.turn_limit, self.original = turns, original
         self.compact = self.is_markov = data is None if compact is None else compact
+        self.page_size = 3 if self.compact else 10
         self.validation, self.training = split_goals(self.shop, original)
         self.seed: int | None = None
         self.rng = random.Random()
@@ -902,7 +920,7 @@ class WebShop(Env):
 
     def start(self) -> tuple[str, dict[str, Any]]:
         """Begin an episode with the present goal."""
-        self.visit = Session(self.shop, self.goal, 3 if self.compact else 10)
+        self.visit = Session(self.shop, self.goal, self.page_size)
         self.turns, self.done = 0, False
         return (self.text() if self.compact else f"{self.task}\n{self.text()}"), {"won": False, "task_score": 0.0}
 
@@ -922,7 +940,7 @@ class WebShop(Env):
         """What the original does after every purchase: another visit, with another goal."""
         self.visit_name = "".join(self.rng.choices(string.ascii_lowercase, k=10))
         self.goal = self.shop.draw_goal(self.rng)
-        self.visit = Session(self.shop, self.goal, self.visit.page_size)
+        self.visit = Session(self.shop, self.goal, self.page_size)
 
     def text(self) -> str:
         return self.visit.short_text() if self.compact else format_page(self.visit.text(), self.task)
