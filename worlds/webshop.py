@@ -21,7 +21,7 @@ import string
 import unicodedata
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from functools import cached_property, lru_cache
@@ -133,45 +133,40 @@ def read_product(record: dict[str, Any], attributes: list[str], place: str) -> P
     """A product from its record in items_shuffle.json."""
     for key in ("name", "query", "category", "product_category"):
         check(isinstance(record.get(key), str), place, f"{key} is missing or no text")
-    images = record.get("images")
-    check(isinstance(images, list) and len(images) > 0, place, "images is missing or empty")
-    description, bullets = record.get("full_description") or "", record.get("small_description") or ""
-    bullets = [bullets] if isinstance(bullets, str) else bullets
-    check(isinstance(description, str), place, "full_description is no text")
+    check(isinstance(record.get("images"), list) and record["images"] != [], place, "images is missing or empty")
+    description, bullets = record.get("full_description"), record.get("small_description")
+    bullets = bullets if isinstance(bullets, list) else [bullets or ""]
+    check(isinstance(description, str | None), place, "full_description is no text")
     check(is_texts(bullets), place, "small_description is neither text nor a list of texts")
     options, listed = {}, record.get("customization_options") or {}
     check(isinstance(listed, dict), place, "customization_options is no object")
     for name, entries in listed.items():
-        if entries is None:
-            continue
-        is_good = isinstance(entries, list) and all(
-            isinstance(e, dict) and isinstance(e.get("value"), str) for e in entries
-        )
-        check(is_good, place, f"option {name!r:.40} is no list of objects with a value")
-        options[name.lower()] = [entry["value"].strip().replace("/", " | ").lower() for entry in entries]
-    return Product(
-        asin=record["asin"],
-        title=record["name"],
-        description=description,
-        bullets=bullets,
-        attributes=attributes,
-        options=options,
-        prices=read_prices(record.get("pricing"), place),
-        query=record["query"].lower().strip(),
-        category=record["category"],
-        product_category=record["product_category"],
-    )
+        if entries is not None:
+            values = [
+                e.get("value") if isinstance(e, dict) else e for e in (entries if isinstance(entries, list) else [0])
+            ]
+            check(is_texts(values), place, f"option {name!r:.40} is no list of objects with a value")
+            options[name.lower()] = [value.strip().replace("/", " | ").lower() for value in values]
+    prices, query = read_prices(record.get("pricing"), place), record["query"].lower().strip()
+    kind = (query, record["category"], record["product_category"])
+    return Product(record["asin"], record["name"], description or "", bullets, attributes, options, prices, *kind)
 
 
 def read_catalogue(
     records: Sequence[Any], notes: dict[str, Any], human: dict[str, Any] | None, files: Sequence[str]
 ) -> tuple[list[Product], list[Instruction]]:
-    """The products, and what goals are made of: (product, instruction, attributes, option values or None for any).
+    """The products and the instructions, from the contents of items_shuffle, items_ins_v2 and items_human_ins.
 
-    `records`, `notes` and `human` are the contents of the three `files`; without `human` the instructions are those of
-    `notes`, where every product must then be.
+    Without `human` the instructions are those in `notes`, where every product must then be. `files` are their names.
     """
     products, instructions, seen = [], [], set()
+
+    def add(product: Product, text: Any, attributes: Any, values: Any, place: str) -> None:
+        check(isinstance(text, str), place, "instruction is missing or no text")
+        check(is_texts(attributes), place, "instruction_attributes is no list of texts")
+        check(values is None or is_texts(values), place, "instruction_options is no list of texts")
+        instructions.append((product, text, tuple(attributes), values))
+
     for i, record in enumerate(records):
         place = f"{files[0]}: product {i}"
         check(isinstance(record, dict) and isinstance(record.get("asin"), str), place, "has no asin")
@@ -179,36 +174,26 @@ def read_catalogue(
         if asin == "nan" or len(asin) > 10 or asin in seen:
             continue
         seen.add(asin)
-        note = notes.get(asin)
-        check(human is not None or note is not None, files[1], f"{asin} of {files[0]} is missing")
-        note_place = f"{files[1]}: {asin}"
-        check(isinstance(note, dict | None), note_place, "is no object")
-        attributes = (note or {}).get("attributes", ["DUMMY_ATTR"])
-        check(is_texts(attributes), note_place, "attributes is no list of texts")
-        product = read_product(record, attributes, f"{place} ({asin})")
-        products.append(product)
+        check(asin in notes or human is not None, f"{files[1]}: {asin}", f"is missing, but {files[0]} has it")
+        note, place = notes.get(asin, {}), f"{files[0]}: product {i} ({asin})"
+        check(isinstance(note, dict), f"{files[1]}: {asin}", "is no object")
+        attributes = note.get("attributes", ["DUMMY_ATTR"])
+        check(is_texts(attributes), f"{files[1]}: {asin}", "attributes is no list of texts")
+        products.append(read_product(record, attributes, place))
         if human is None and note.get("instruction") is not None:
-            asked = note.get("instruction_attributes")
-            check(isinstance(note["instruction"], str), note_place, "instruction is no text")
-            check(is_texts(asked), note_place, "instruction_attributes is no list of texts")
-            instructions.append((product, note["instruction"], tuple(asked), None))
-        entries = [] if human is None else human.get(asin, [])
+            add(products[-1], note["instruction"], note.get("instruction_attributes"), None, f"{files[1]}: {asin}")
+        entries = human.get(asin, []) if human is not None else []
         check(isinstance(entries, list), f"{files[-1]}: {asin}", "is no list")
         for j, entry in enumerate(entries):
-            where = f"{files[-1]}: {asin}, instruction {j}"
-            check(isinstance(entry, dict) and isinstance(entry.get("instruction"), str), where, "has no instruction")
-            asked, values = entry.get("instruction_attributes"), entry.get("instruction_options")
-            check(is_texts(asked) and is_texts(values), where, "attributes or options are no lists of texts")
-            if asked:
-                instructions.append((product, entry["instruction"].strip("."), tuple(asked), values))
+            place = f"{files[-1]}: {asin}, instruction {j}"
+            check(isinstance(entry, dict), place, "is no object")
+            if entry.get("instruction_attributes") != []:
+                values = entry.get("instruction_options", False)
+                add(products[-1], entry.get("instruction"), entry.get("instruction_attributes"), values, place)
     return products, instructions
 
 
-def make_goals(
-    instructions: Iterable[Instruction],
-    prices: dict[str, float],
-    rng: random.Random,
-) -> list[Goal]:
+def make_goals(instructions: Iterable[Instruction], prices: dict[str, float], rng: random.Random) -> list[Goal]:
     """One goal per human instruction, or per combination of a product's options; `rng` draws the price bounds."""
     goals = []
     for product, text, attributes, values in instructions:
@@ -218,7 +203,7 @@ def make_goals(
             price_upper = float(max(rng.sample(bounds, 2)))
             suffix = f", and price lower than {price_upper:.2f} dollars"
         if values is not None:
-            goals.append(Goal(product, text + suffix, attributes, values, price_upper))
+            goals.append(Goal(product, text.strip(".") + suffix, attributes, values, price_upper))
             continue
         names = sorted(product.options)
         for combination in itertools.product(*(product.options[name] for name in names)):
@@ -236,8 +221,11 @@ def make_goals(
 
 K1, B, MOST_RESULTS = 0.9, 0.4, 50
 STOP_WORDS = frozenset(
-    "a an and are as at be but by for if in into is it no not of on or such that the their then there these they this "
-    "to was will with".split()
+    re.findall(
+        r"\w+",
+        "a an and are as at be but by for if in into is it no not of on or such that the their then there these they this "
+        "to was will with",
+    )
 )
 BEYOND_ASCII = [(chr(i), unicodedata.category(chr(i))) for i in range(0x80, 0x10000)]
 MARKS = "".join(c for c, kind in BEYOND_ASCII if kind[0] == "M" or (kind == "Cf" and c != "\u200b"))
@@ -393,20 +381,24 @@ class Index:
 
 # --------------------------------------------------------------------------------------------- reward
 
-COLORS = (
+COLORS = re.findall(
+    r"\w+",
     "alabaster apricot aqua ash asphalt azure banana beige black blue blush bordeaux bronze brown burgundy camel camo "
     "caramel champagne charcoal cheetah chestnut chocolate christmas coffee cognac copper coral cranberry cream crystal "
     "dark denim eggplant elephant espresso fuchsia gold granite grape graphite grass gray green grey heather indigo "
     "ivory ivy khaki lavender lemon leopard light lilac lime magenta maroon mauve merlot midnight mint mocha multicolor "
     "mushroom mustard natural navy nude olive orange peach pewter pink plum purple rainbow red rose royal rust sand "
     "sapphire seashell silver skull slate steel stone stonewash sunflower tan taupe teal tiger turquoise violet walnut "
-    "wheat white wine yellow"
-).split()
+    "wheat white wine yellow",
+)
 NO_NOUNS = frozenset(
-    "a about after all also an and any are as at be but by can could do each else ever every extra for from had has "
-    "have her his how if in into is it its just more most much my nor not of off on only onto or other our out over "
-    "own per so some such than that the their them then there these they this those to too under until up upon us very "
-    "via was we were what when where which while who will with within without would you your".split()
+    re.findall(
+        r"\w+",
+        "a about after all also an and any are as at be but by can could do each else ever every extra for from had has "
+        "have her his how if in into is it its just more most much my nor not of off on only onto or other our out over "
+        "own per so some such than that the their them then there these they this those to too under until up upon us very "
+        "via was we were what when where which while who will with within without would you your",
+    )
 )
 
 
@@ -568,21 +560,21 @@ class Shop:
     def way_to_win(self, goal: Goal) -> tuple[Product, list[str]] | None:
         """What to buy for the full reward: the asked product as asked if that wins, else whatever does."""
         target, wanted = goal.product, plain_goal_options(goal)
-        if self.is_right(target, goal):
-            can_click = isinstance(goal.options, dict) and all(
-                target.choices.get(v) == n for n, v in goal.options.items()
-            )
-            if can_click and count_options(goal.values, wanted) == len(wanted):
-                return target, goal.values
-            if (values := covering_values(target, wanted)) is not None:
-                return target, values
-        rare = [option for option in wanted if not any(is_close(plain_option(v), option) for v in target.choices)]
-        holders = [self.holders(option) for option in rare or wanted]
-        for i in sorted(set.intersection(*holders)) if holders else range(len(self.products)):
-            product = self.products[i]
-            if self.is_right(product, goal) and (values := covering_values(product, wanted)) is not None:
-                return product, values
+        others = ((product, None) for product in self.holding(target, wanted))
+        for product, among in itertools.chain([(target, goal.values), (target, None)], others):
+            if self.prices[product.asin] > goal.price_upper or type_score(product, target)["r_type"] < 1:
+                continue
+            if count_attributes(product, goal.attributes) == len(goal.attributes):
+                values = covering_values(product, wanted, among)
+                if values is not None:
+                    return product, values
         return None
+
+    def holding(self, target: Product, wanted: Sequence[str]) -> Iterator[Product]:
+        """The products that have a value for each wanted option which the target has none for, if there is such one."""
+        rare = [option for option in wanted if not any(is_close(plain_option(v), option) for v in target.choices)]
+        held = [self.holders(option) for option in rare or wanted]
+        yield from (self.products[i] for i in (sorted(set.intersection(*held)) if held else range(len(self.products))))
 
     def holders(self, option: str) -> set[int]:
         """The products that have a value close to a plain option."""
@@ -600,22 +592,17 @@ class Shop:
                 products.setdefault(plain_option(value), set()).add(i)
         return products
 
-    def is_right(self, product: Product, goal: Goal) -> bool:
-        """Whether the product wins the goal but for its options."""
-        if self.prices[product.asin] > goal.price_upper or type_score(product, goal.product)["r_type"] < 1:
-            return False
-        return count_attributes(product, goal.attributes) == len(goal.attributes)
 
-
-def covering_values(product: Product, wanted: Sequence[str]) -> list[str] | None:
-    """Values to choose, one per option name at most, that together match all the `wanted` options; None if none do."""
+def covering_values(product: Product, wanted: Sequence[str], among: Sequence[str] | None) -> list[str] | None:
+    """Values, one per option name at most, that together match all `wanted` options; None if none (`among` these) do."""
     ways: dict[int, list[str]] = {0: []}  # set of options matched, as bits -> values that do it
     for name in product.options:
         longer = dict(ways)
-        for value in (v for v, owner in product.choices.items() if owner == name):
-            matched = sum(1 << i for i, option in enumerate(wanted) if is_close(plain_option(value), option))
-            for bits, values in ways.items():
-                longer.setdefault(bits | matched, [*values, value])
+        for value in product.choices:
+            if product.choices[value] == name and (among is None or value in among):
+                matched = sum(1 << i for i, option in enumerate(wanted) if is_close(plain_option(value), option))
+                for bits, values in ways.items():
+                    longer.setdefault(bits | matched, [*values, value])
         ways = longer
     return ways.get((1 << len(wanted)) - 1)
 
@@ -624,44 +611,40 @@ def covering_values(product: Product, wanted: Sequence[str]) -> list[str] | None
 def open_shop(data: str | None, num_products: int | None, human_goals: bool, seed: int) -> Shop:
     """The shop over the files in folder `data`, or over a generated catalogue."""
     if data is None:
-        num_products = GENERATED_PRODUCTS if num_products is None else num_products
-        return Shop(*read_catalogue(*generate_catalogue(num_products, seed), None, ("products", "notes")), seed)
+        records, notes = generate_catalogue(num_products or GENERATED_PRODUCTS, seed)
+        return Shop(*read_catalogue(records, notes, None, ("generated", "generated")), seed)
     folder = Path(data)
     check(folder.is_dir(), f"--data {data}", "there is no such folder")
-    # LaMer plays the small files; a folder may hold those or the full ones.
-    names = [
-        f"{stem}{'_1000' if (folder / f'{stem}_1000.json').exists() else ''}.json"
-        for stem in ("items_shuffle", "items_ins_v2")
-    ]
-    files = [str(folder / name) for name in (*names, "items_human_ins.json")]
-    records = read_json(Path(files[0]), list)[:num_products]
-    human = read_json(Path(files[2]), dict) if human_goals else None
-    shop = Shop(*read_catalogue(records, read_json(Path(files[1]), dict), human, files), seed)
-    check(len(shop.goals) > 1, files[2 if human_goals else 1], "has no two goals for these products")
-    return shop
+    is_small = any(folder.glob("items_*_1000.json"))  # a folder may hold both sets; LaMer plays the small one
+    names = [f"items_{name}{'_1000' if is_small else ''}.json" for name in ("shuffle", "ins_v2")]
+    paths = [folder / name for name in (*names, "items_human_ins.json")]
+    records, notes = read_json(paths[0], list)[:num_products], read_json(paths[1], dict)
+    human = read_json(paths[2], dict) if human_goals else None
+    return Shop(*read_catalogue(records, notes, human, [str(path) for path in paths]), seed)
 
 
 GENERATED_PRODUCTS = 300
-KINDS = {  # category: (queries, attributes, option names and values); a product has some of each
+SHADES = "black blue green grey pink red white yellow"
+KINDS = {  # category: queries, attributes, option names with their values; a product has some of each
     "fashion": (
         "shirts jackets socks boots",
         "machine wash, slim fit, long lasting, quick dry, soft lining, light weight",
-        {"color": "black blue green grey pink red white yellow", "size": "small medium large"},
+        {"color": SHADES, "size": "small medium large"},
     ),
     "garden": (
         "lamps rugs stools shelves",
         "easy assembly, solid wood, heavy duty, space saving, water proof, non slip",
-        {"color": "black blue green grey pink red white yellow", "style": "round square tall"},
+        {"color": SHADES, "style": "round square tall"},
     ),
     "electronics": (
         "cables speakers chargers",
         "fast charging, noise cancelling, hands free, high speed, dust proof, battery saving",
-        {"color": "black blue green grey pink red white yellow", "length": "short middle long"},
+        {"color": SHADES, "length": "short middle long"},
     ),
     "beauty": (
         "soaps creams brushes",
         "sensitive skin, fragrance free, natural oils, travel size, paraben free, long lasting",
-        {"scent": "honey lemon mint rose", "pack": "single double"},
+        {"scent": "honey lemon mint rose", "pack": "single double family"},
     ),
     "grocery": (
         "teas snacks cereals",
@@ -669,50 +652,38 @@ KINDS = {  # category: (queries, attributes, option names and values); a product
         {"flavor": "cocoa ginger honey plum", "pack": "single double family"},
     ),
 }
-BRANDS = "Abero Belu Cando Dorin Elvo Fenra Galto Hindo Ibex Jarno Kelvi Lumo".split()
+BRANDS = ("Abero", "Belu", "Cando", "Dorin", "Elvo", "Fenra", "Galto", "Hindo", "Ibex", "Jarno", "Kelvi", "Lumo")
 
 
 def generate_catalogue(num_products: int, seed: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """A catalogue in the format of the genuine files: (records of items_shuffle.json, items_ins_v2.json).
+    """A catalogue in the genuine format: the contents of items_shuffle.json and items_ins_v2.json.
 
-    Several products share a kind and attributes, so that search words narrow the choice, and options and price decide.
-    One colour in forty carries a number, like "black19" in the genuine files, where it cannot be matched.
+    Products of a kind share attributes, so search words narrow the choice, and options and price decide. Some colours
+    carry a number, like "black1901" in the genuine files, and cannot be matched.
     """
-    check(1 <= num_products <= 60_000, f"--products {num_products}", "a generated catalogue has 1 to 60000 products")
-    rng = random.Random(derive_seed("webshop catalogue", seed))
-    codes = rng.sample(range(26 * 26 * 100), num_products)
+    check(num_products <= 60_000, f"--products {num_products}", "a generated catalogue has at most 60000 products")
+    rng, letters = random.Random(derive_seed("webshop catalogue", seed)), string.ascii_uppercase
     records, notes = [], {}
-    for code in codes:
-        asin = f"{string.ascii_uppercase[code // 2600]}{string.ascii_uppercase[code // 100 % 26]}{code % 100:02d}"
+    for code in rng.sample(range(26 * 26 * 100), num_products):
+        asin = f"{letters[code // 2600]}{letters[code // 100 % 26]}{code % 100:02d}"
         category = rng.choice(list(KINDS))
         queries, attributes, listed = KINDS[category]
         query, has = rng.choice(queries.split()), rng.sample(attributes.split(", "), 3)
         options = {}
         for name in rng.sample(list(listed), rng.choice([1, 2, 2, 2])):
-            values = rng.sample(listed[name].split(), rng.choice([2, 2, 3]) if len(listed[name].split()) > 2 else 2)
-            odd = name == "color" and rng.random() < 0.1
-            options[name] = [
-                {"value": f"{v}{rng.randrange(10, 100)}" if odd and not i else v} for i, v in enumerate(values)
-            ]
-        low = rng.randrange(6, 90)
-        records.append(
-            dict(
-                asin=asin,
-                name=f"{rng.choice(BRANDS)} {has[0]} {query}",
-                full_description=f"These {query} stand for {has[1]}.",
-                small_description=[f"Made for {has[2]}.", f"Sold by the maker of {query}."],
-                pricing=f"${low}.00 to ${low + rng.randrange(1, 12)}.00" if rng.random() < 0.2 else f"${low}.00",
-                customization_options=options,
-                query=query,
-                category=category,
-                product_category=f"Generated › {category} › {query}",
-                images=["none"],
-            )
-        )
+            values = rng.sample(listed[name].split(), rng.choice([2, 2, 3]))
+            if name == "color" and rng.random() < 0.1:
+                values[0] += str(rng.randrange(10, 100))
+            options[name] = [{"value": value} for value in values]
+        low, spread = rng.randrange(6, 90), rng.randrange(1, 12)
+        record = dict(asin=asin, name=f"{rng.choice(BRANDS)} {has[0]} {query}", query=query, category=category)
+        record |= dict(full_description=f"These {query} stand for {has[1]}.", customization_options=options)
+        record |= dict(small_description=[f"Made for {has[2]}.", f"Sold by the maker of {query}."], images=["none"])
+        record |= dict(pricing=f"${low}.00 to ${low + spread}.00" if rng.random() < 0.2 else f"${low}.00")
+        records.append(record | dict(product_category=f"Generated › {category} › {query}"))
         asked = sorted(rng.sample(has, 2))
-        notes[asin] = dict(
-            attributes=has, instruction=f"Find me {', '.join(asked)} {query}", instruction_attributes=asked
-        )
+        notes[asin] = dict(attributes=has, instruction_attributes=asked)
+        notes[asin]["instruction"] = f"Find me {', '.join(asked)} {query}"
     return records, notes
 
 
