@@ -142,9 +142,8 @@ def read_product(record: dict[str, Any], attributes: list[str], place: str) -> P
     check(isinstance(listed, dict), place, "customization_options is no object")
     for name, entries in listed.items():
         if entries is not None:
-            values = [
-                e.get("value") if isinstance(e, dict) else e for e in (entries if isinstance(entries, list) else [0])
-            ]
+            is_list = isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries)
+            values = [entry.get("value") for entry in entries] if is_list else None
             check(is_texts(values), place, f"option {name!r:.40} is no list of objects with a value")
             options[name.lower()] = [value.strip().replace("/", " | ").lower() for value in values]
     prices, query = read_prices(record.get("pricing"), place), record["query"].lower().strip()
@@ -220,13 +219,10 @@ def make_goals(instructions: Iterable[Instruction], prices: dict[str, float], rn
 # --------------------------------------------------------------------------------------------- search
 
 K1, B, MOST_RESULTS = 0.9, 0.4, 50
-STOP_WORDS = frozenset(
-    re.findall(
-        r"\w+",
-        "a an and are as at be but by for if in into is it no not of on or such that the their then there these they this "
-        "to was will with",
-    )
-)
+STOP_WORDS = (  # noqa: SIM905
+    "a an and are as at be but by for if in into is it no not of on or such that the their then there these they "
+    "this to was will with"
+).split()
 BEYOND_ASCII = [(chr(i), unicodedata.category(chr(i))) for i in range(0x80, 0x10000)]
 MARKS = "".join(c for c, kind in BEYOND_ASCII if kind[0] == "M" or (kind == "Cf" and c != "\u200b"))
 MARKS += "\uff9e\uff9f"  # with the marks, these two Katakana signs belong to the character before them
@@ -252,7 +248,7 @@ WORD = re.compile(
 
 
 def analyze(text: str) -> list[str]:
-    """The terms of a text, as Lucene's English analyzer finds them: Unicode words, each made a `term` or dropped.
+    """The terms of a text, as Lucene's English analyzer finds them: Unicode words, each a `term` or dropped.
 
     analyze("The boys' 3.5\" Women's shoes") == ["boi", "3.5", "women", "shoe"]
     """
@@ -266,17 +262,14 @@ def term(word: str) -> str:
     return stem(word) if word not in STOP_WORDS and word.strip("_") else ""
 
 
-SUFFIXES_2 = (
-    "ational ate,tional tion,enci ence,anci ance,izer ize,bli ble,alli al,entli ent,eli e,ousli ous,ization ize,ation ate,"
-    "ator ate,alism al,iveness ive,fulness ful,ousness ous,aliti al,iviti ive,biliti ble,logi log"
-)
-SUFFIXES_3 = "icate ic,ative ,alize al,iciti ic,ical ic,ful ,ness "
-SUFFIXES_4 = (
-    "al ,ance ,ence ,er ,ic ,able ,ible ,ant ,ement ,ment ,ent ,sion s,tion t,ou ,ism ,ate ,iti ,ous ,ive ,ize "
-)
-SUFFIX_STEPS = [  # (suffixes and what replaces them, how many vowel-consonant changes the rest must exceed)
-    ([tuple(pair.split(" ")) for pair in suffixes.split(",")], least)
-    for suffixes, least in ((SUFFIXES_2, 0), (SUFFIXES_3, 0), (SUFFIXES_4, 1))
+SUFFIX_STEPS = [  # suffixes and what replaces them; how many vowel-consonant changes the rest must exceed
+    (
+        "ational>ate tional>tion enci>ence anci>ance izer>ize bli>ble alli>al entli>ent eli>e ousli>ous ization>ize "
+        "ation>ate ator>ate alism>al iveness>ive fulness>ful ousness>ous aliti>al iviti>ive biliti>ble logi>log",
+        0,
+    ),
+    ("icate>ic ative> alize>al iciti>ic ical>ic ful> ness>", 0),
+    ("al> ance> ence> er> ic> able> ible> ant> ement> ment> ent> sion>s tion>t ou> ism> ate> iti> ous> ive> ize>", 1),
 ]
 
 
@@ -290,47 +283,40 @@ def letter_kinds(word: str) -> str:
 
 def stem(word: str) -> str:
     """Porter's stemmer with his two later changes (https://tartarus.org/martin/PorterStemmer/)."""
+
+    def changes(rest: str) -> int:
+        return letter_kinds(rest).count("vc")
+
+    def is_short(rest: str) -> bool:
+        return changes(rest) == 1 and letter_kinds(rest).endswith("cvc") and rest[-1] not in "wxy"
+
     if len(word) < 3:
         return word
-
-    def ends_cvc(word: str) -> bool:
-        return letter_kinds(word).endswith("cvc") and word[-1] not in "wxy"
-
-    def ends_double(word: str) -> bool:
-        return len(word) > 1 and word[-1] == word[-2] and letter_kinds(word)[-1] == "c"
-
     if word.endswith(("sses", "ies")):
         word = word[:-2]
     elif word.endswith("s") and not word.endswith("ss"):
         word = word[:-1]
     if word.endswith("eed"):
-        word = word[:-1] if "vc" in letter_kinds(word[:-3]) else word
-    elif word.endswith(("ed", "ing")):
-        rest = word[: -2 if word.endswith("ed") else -3]
-        if "v" in letter_kinds(rest):
-            word = rest
-            if word.endswith(("at", "bl", "iz")):
-                word += "e"
-            elif ends_double(word):
-                word = word if word[-1] in "lsz" else word[:-1]
-            elif letter_kinds(word).count("vc") == 1 and ends_cvc(word):
-                word += "e"
+        word = word[:-1] if changes(word[:-3]) else word
+    elif word.endswith(("ed", "ing")) and "v" in letter_kinds(rest := word[: -2 if word[-1] == "d" else -3]):
+        if rest.endswith(("at", "bl", "iz")) or is_short(rest):
+            word = rest + "e"
+        else:
+            is_double = rest[-2:-1] == rest[-1] and letter_kinds(rest)[-1] == "c" and rest[-1] not in "lsz"
+            word = rest[:-1] if is_double else rest
     if word.endswith("y") and "v" in letter_kinds(word[:-1]):
         word = word[:-1] + "i"
-    for suffixes, least in SUFFIX_STEPS:
-        for suffix, replacement in suffixes:
+    for pairs, least in SUFFIX_STEPS:
+        for suffix, replacement in (pair.split(">") for pair in pairs.split()):
             if word.endswith(suffix):
-                rest = word.removesuffix(suffix) + replacement
-                changes = letter_kinds(word.removesuffix(suffix) + replacement * (least == 1)).count("vc")
-                word = rest if changes > least else word
+                rest = word.removesuffix(suffix)
+                # The s or t before "ion" stays and counts; otherwise what is put in its place does not count.
+                kept = rest + replacement * (suffix in ("sion", "tion"))
+                word = rest + replacement if changes(kept) > least else word
                 break
-    if word.endswith("e"):
-        changes = letter_kinds(word[:-1]).count("vc")
-        if changes > 1 or (changes == 1 and not ends_cvc(word[:-1])):
-            word = word[:-1]
-    if word.endswith("ll") and letter_kinds(word).count("vc") > 1:
+    if word.endswith("e") and changes(word[:-1]) > is_short(word[:-1]):
         word = word[:-1]
-    return word
+    return word[:-1] if word.endswith("ll") and changes(word) > 1 else word
 
 
 class Index:
@@ -381,25 +367,21 @@ class Index:
 
 # --------------------------------------------------------------------------------------------- reward
 
-COLORS = re.findall(
-    r"\w+",
-    "alabaster apricot aqua ash asphalt azure banana beige black blue blush bordeaux bronze brown burgundy camel camo "
-    "caramel champagne charcoal cheetah chestnut chocolate christmas coffee cognac copper coral cranberry cream crystal "
-    "dark denim eggplant elephant espresso fuchsia gold granite grape graphite grass gray green grey heather indigo "
-    "ivory ivy khaki lavender lemon leopard light lilac lime magenta maroon mauve merlot midnight mint mocha multicolor "
-    "mushroom mustard natural navy nude olive orange peach pewter pink plum purple rainbow red rose royal rust sand "
-    "sapphire seashell silver skull slate steel stone stonewash sunflower tan taupe teal tiger turquoise violet walnut "
-    "wheat white wine yellow",
-)
-NO_NOUNS = frozenset(
-    re.findall(
-        r"\w+",
-        "a about after all also an and any are as at be but by can could do each else ever every extra for from had has "
-        "have her his how if in into is it its just more most much my nor not of off on only onto or other our out over "
-        "own per so some such than that the their them then there these they this those to too under until up upon us very "
-        "via was we were what when where which while who will with within without would you your",
-    )
-)
+COLORS = (  # noqa: SIM905
+    "alabaster apricot aqua ash asphalt azure banana beige black blue blush bordeaux bronze brown burgundy camel "
+    "camo caramel champagne charcoal cheetah chestnut chocolate christmas coffee cognac copper coral cranberry "
+    "cream crystal dark denim eggplant elephant espresso fuchsia gold granite grape graphite grass gray green grey "
+    "heather indigo ivory ivy khaki lavender lemon leopard light lilac lime magenta maroon mauve merlot midnight "
+    "mint mocha multicolor mushroom mustard natural navy nude olive orange peach pewter pink plum purple rainbow "
+    "red rose royal rust sand sapphire seashell silver skull slate steel stone stonewash sunflower tan taupe teal "
+    "tiger turquoise violet walnut wheat white wine yellow"
+).split()
+NO_NOUNS = (  # noqa: SIM905
+    "a about after all also an and any are as at be but by can could do each else ever every extra for from had has "
+    "have her his how if in into is it its just more most much my nor not of off on only onto or other our out over "
+    "own per so some such than that the their them then there these they this those to too under until up upon us "
+    "very via was we were what when where which while who will with within without would you your"
+).split()
 
 
 @lru_cache(maxsize=1 << 16)
@@ -440,7 +422,7 @@ def token_set_ratio(a: str, b: str) -> int:
 
 @lru_cache(maxsize=1 << 17)
 def is_close(a: str, b: str) -> bool:
-    """Whether two texts match: token_set_ratio above 85. Without a common word, too few common letters decide."""
+    """Whether token_set_ratio is above 85; if no word is common, the number of common letters may tell at once."""
     (tokens_a, ordered_a, letters_a), (tokens_b, ordered_b, letters_b) = token_set(a), token_set(b)
     least = 0.85 * (len(ordered_a) + len(ordered_b)) / 2
     if tokens_a.isdisjoint(tokens_b) and (
@@ -516,8 +498,8 @@ def score(product: Product, goal: Goal, price: float, options: dict[str, str]) -
 class Shop:
     """A catalogue with its index, the prices of one visit to the market, and all goals in one shuffled order.
 
-    Everything random follows from `seed`, drawn in the original's order: prices, price bounds, then, from a fresh start,
-    the shuffle; `rng` is left where the original goes on drawing session names and goals.
+    Everything random follows from `seed`, drawn in the original's order: prices, price bounds, then, starting anew, the
+    shuffle; `rng` is left where the original goes on drawing names of visits and goals.
     """
 
     def __init__(self, products: list[Product], instructions: Iterable[Instruction], seed: int):
@@ -542,20 +524,13 @@ class Shop:
 
     def draw_goal(self, rng: random.Random) -> Goal:
         """The original's weighted draw: one too high, so the first goal never comes and the last has double mass."""
-        return self.goals[min(bisect_right(self.mass, rng.uniform(0, self.mass[-1])), len(self.goals) - 1)]
-
-    @cached_property
-    def mass(self) -> list[float]:
-        return [0, *itertools.accumulate(goal.weight for goal in self.goals)]
+        mass = list(itertools.accumulate((goal.weight for goal in self.goals), initial=0))
+        return self.goals[min(bisect_right(mass, rng.uniform(0, mass[-1])), len(self.goals) - 1)]
 
     @cached_property
     def ways(self) -> list[tuple[Product, list[str]] | None]:
         """For each goal, a product and the option values that win it; None where nothing does."""
         return [self.way_to_win(goal) for goal in self.goals]
-
-    @property
-    def num_unwinnable(self) -> int:
-        return self.ways.count(None)
 
     def way_to_win(self, goal: Goal) -> tuple[Product, list[str]] | None:
         """What to buy for the full reward: the asked product as asked if that wins, else whatever does."""
@@ -594,7 +569,7 @@ class Shop:
 
 
 def covering_values(product: Product, wanted: Sequence[str], among: Sequence[str] | None) -> list[str] | None:
-    """Values, one per option name at most, that together match all `wanted` options; None if none (`among` these) do."""
+    """Values, at most one per option name, that together match all `wanted` options; None if none (`among` these) do."""
     ways: dict[int, list[str]] = {0: []}  # set of options matched, as bits -> values that do it
     for name in product.options:
         longer = dict(ways)
@@ -624,33 +599,21 @@ def open_shop(data: str | None, num_products: int | None, human_goals: bool, see
 
 
 GENERATED_PRODUCTS = 300
-SHADES = "black blue green grey pink red white yellow"
-KINDS = {  # category: queries, attributes, option names with their values; a product has some of each
-    "fashion": (
-        "shirts jackets socks boots",
-        "machine wash, slim fit, long lasting, quick dry, soft lining, light weight",
-        {"color": SHADES, "size": "small medium large"},
-    ),
-    "garden": (
-        "lamps rugs stools shelves",
-        "easy assembly, solid wood, heavy duty, space saving, water proof, non slip",
-        {"color": SHADES, "style": "round square tall"},
-    ),
-    "electronics": (
-        "cables speakers chargers",
-        "fast charging, noise cancelling, hands free, high speed, dust proof, battery saving",
-        {"color": SHADES, "length": "short middle long"},
-    ),
-    "beauty": (
-        "soaps creams brushes",
-        "sensitive skin, fragrance free, natural oils, travel size, paraben free, long lasting",
-        {"scent": "honey lemon mint rose", "pack": "single double family"},
-    ),
-    "grocery": (
-        "teas snacks cereals",
-        "gluten free, low sugar, plant based, fair trade, whole grain, ready made",
-        {"flavor": "cocoa ginger honey plum", "pack": "single double family"},
-    ),
+KINDS = {  # category: queries; attributes; options. A product has one query and some of the others
+    "fashion": "shirts jackets socks boots; machine wash, slim fit, long lasting, quick dry, soft lining; color size",
+    "garden": "lamps rugs stools shelves; easy assembly, solid wood, heavy duty, water proof, non slip; color style",
+    "electronics": "cables speakers chargers; fast charging, hands free, high speed, dust proof, non slip; color length",
+    "beauty": "soaps creams brushes; sensitive skin, natural oils, travel size, long lasting, paraben free; scent pack",
+    "grocery": "teas snacks cereals; gluten free, low sugar, plant based, whole grain, fair trade; flavor pack",
+}
+OPTION_VALUES = {
+    "color": "black blue green grey pink red white yellow",
+    "size": "small medium large",
+    "style": "round square tall",
+    "length": "short middle long",
+    "scent": "honey lemon mint rose",
+    "flavor": "cocoa ginger honey plum",
+    "pack": "single double family",
 }
 BRANDS = ("Abero", "Belu", "Cando", "Dorin", "Elvo", "Fenra", "Galto", "Hindo", "Ibex", "Jarno", "Kelvi", "Lumo")
 
@@ -667,11 +630,11 @@ def generate_catalogue(num_products: int, seed: int) -> tuple[list[dict[str, Any
     for code in rng.sample(range(26 * 26 * 100), num_products):
         asin = f"{letters[code // 2600]}{letters[code // 100 % 26]}{code % 100:02d}"
         category = rng.choice(list(KINDS))
-        queries, attributes, listed = KINDS[category]
+        queries, attributes, names = KINDS[category].split("; ")
         query, has = rng.choice(queries.split()), rng.sample(attributes.split(", "), 3)
         options = {}
-        for name in rng.sample(list(listed), rng.choice([1, 2, 2, 2])):
-            values = rng.sample(listed[name].split(), rng.choice([2, 2, 3]))
+        for name in rng.sample(names.split(), rng.choice([1, 2, 2, 2])):
+            values = rng.sample(OPTION_VALUES[name].split(), rng.choice([2, 2, 3]))
             if name == "color" and rng.random() < 0.1:
                 values[0] += str(rng.randrange(10, 100))
             options[name] = [{"value": value} for value in values]
@@ -688,6 +651,15 @@ def generate_catalogue(num_products: int, seed: int) -> tuple[list[dict[str, Any
 
 
 # -------------------------------------------------------------------------------------------- one visit
+
+
+DONE_PAGE = (
+    "Thank you for shopping with us! [SEP] Your code: [SEP] None [SEP] (Paste it in your MTurk interface.) [SEP] "
+    "Purchased [SEP] asin [SEP] {asin} [SEP] options [SEP] {options} [SEP] attrs [SEP] None [SEP] category [SEP] None "
+    "[SEP] query [SEP] None [SEP] product category [SEP] None [SEP] Target [SEP] asin [SEP] options [SEP] attrs [SEP] "
+    "price upper [SEP] instuction text [SEP] category [SEP] product category [SEP] query [SEP] Goal [SEP] None [SEP] "
+    "Reward [SEP] Your score (min 0.0, max 1.0) [SEP] {reward} [SEP] Reward Details [SEP] None"
+)
 
 
 class Session:
@@ -780,22 +752,7 @@ class Session:
             segments += ["Description", "Features", "Reviews", "Buy Now"]
         elif self.page == "done":
             options = json.dumps(self.options, sort_keys=True)
-            unknown = [t for name in ("attrs", "category", "query", "product category") for t in (name, "None")]
-            segments = ["Thank you for shopping with us!", "Your code:", "None", "(Paste it in your MTurk interface.)"]
-            segments += [
-                "Purchased",
-                "asin",
-                self.product.asin,
-                "options",
-                options,
-                *unknown,
-                "Target",
-                "asin",
-                "options",
-            ]
-            segments += ["attrs", "price upper", "instuction text", "category", "product category", "query"]
-            segments += ["Goal", "None", "Reward", "Your score (min 0.0, max 1.0)", str(self.score["reward"])]
-            segments += ["Reward Details", "None"]
+            return DONE_PAGE.format(asin=self.product.asin, options=options, reward=self.score["reward"])
         else:
             bullets = [f" {bullet}" for bullet in self.product.bullets]
             body = {"description": [self.product.description], "features": bullets, "reviews": []}[self.page]
