@@ -42,7 +42,7 @@ MOST_VALIDATION_GOALS = 500
 
 @dataclass(slots=True, eq=False)
 class Product:
-    """A product after loading. `choices` maps what can be clicked to its option's name; see `clickable_values`."""
+    """A product after loading. `choices` maps what can be clicked to its option's name."""
 
     asin: str
     title: str
@@ -95,23 +95,20 @@ class Goal:
 Instruction = tuple[Product, str, tuple[str, ...], list[str] | None]
 
 
-def read_json(path: Path, kind: type) -> Any:
-    """The content of a JSON file that must be a list or an object; ValueError names file and place."""
-    try:
-        content = json.loads(path.read_bytes().decode("utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: there is no such file") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: cannot be read as UTF-8 JSON: {error}".replace("\n", " ")) from None
-    if not isinstance(content, kind):
-        raise ValueError(f"{path}: must hold a JSON {'list' if kind is list else 'object'}")
-    return content
-
-
 def check(is_good: bool, place: str, problem: str) -> None:
     """ValueError in one line unless `is_good`."""
     if not is_good:
         raise ValueError(f"{place}: {problem}")
+
+
+def read_json(path: Path, kind: type) -> Any:
+    """The content of a JSON file, a list or a dict; ValueError names file and place."""
+    try:
+        content = json.loads(path.read_bytes().decode("utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: cannot be read as UTF-8 JSON: {error}".replace("\n", " ")) from None
+    check(isinstance(content, kind), str(path), f"must hold a JSON {'list' if kind is list else 'object'}")
+    return content
 
 
 def is_texts(value: Any) -> bool:
@@ -159,13 +156,6 @@ def read_catalogue(
     Without `human` the instructions are those in `notes`, where every product must then be. `files` are their names.
     """
     products, instructions, seen = [], [], set()
-
-    def add(product: Product, text: Any, attributes: Any, values: Any, place: str) -> None:
-        check(isinstance(text, str), place, "instruction is missing or no text")
-        check(is_texts(attributes), place, "instruction_attributes is no list of texts")
-        check(values is None or is_texts(values), place, "instruction_options is no list of texts")
-        instructions.append((product, text, tuple(attributes), values))
-
     for i, record in enumerate(records):
         place = f"{files[0]}: product {i}"
         check(isinstance(record, dict) and isinstance(record.get("asin"), str), place, "has no asin")
@@ -173,22 +163,25 @@ def read_catalogue(
         if asin == "nan" or len(asin) > 10 or asin in seen:
             continue
         seen.add(asin)
-        check(asin in notes or human is not None, f"{files[1]}: {asin}", f"is missing, but {files[0]} has it")
-        note, place = notes.get(asin, {}), f"{files[0]}: product {i} ({asin})"
-        check(isinstance(note, dict), f"{files[1]}: {asin}", "is no object")
+        place, source = f"{files[1]}: {asin}", f"{files[0]}: product {i} ({asin})"
+        check(asin in notes or human is not None, place, f"is missing, but {files[0]} has it")
+        note = notes.get(asin, {})
+        check(isinstance(note, dict), place, "is no object")
         attributes = note.get("attributes", ["DUMMY_ATTR"])
-        check(is_texts(attributes), f"{files[1]}: {asin}", "attributes is no list of texts")
-        products.append(read_product(record, attributes, place))
-        if human is None and note.get("instruction") is not None:
-            add(products[-1], note["instruction"], note.get("instruction_attributes"), None, f"{files[1]}: {asin}")
-        entries = human.get(asin, []) if human is not None else []
-        check(isinstance(entries, list), f"{files[-1]}: {asin}", "is no list")
-        for j, entry in enumerate(entries):
-            place = f"{files[-1]}: {asin}, instruction {j}"
-            check(isinstance(entry, dict), place, "is no object")
-            if entry.get("instruction_attributes") != []:
-                values = entry.get("instruction_options", False)
-                add(products[-1], entry.get("instruction"), entry.get("instruction_attributes"), values, place)
+        check(is_texts(attributes), place, "attributes is no list of texts")
+        products.append(read_product(record, attributes, source))
+        place = place if human is None else f"{files[2]}: {asin}"
+        entries = [note] * (note.get("instruction") is not None) if human is None else human.get(asin, [])
+        check(isinstance(entries, list) and all(isinstance(e, dict) for e in entries), place, "is no list of objects")
+        for entry in entries:
+            text, asked, values = (entry.get(f"instruction{end}") for end in ("", "_attributes", "_options"))
+            check(isinstance(text, str), place, "instruction is missing or no text")
+            check(is_texts(asked), place, "instruction_attributes is no list of texts")
+            check(human is None or not asked or is_texts(values), place, "instruction_options is no list of texts")
+            if human is None:
+                instructions.append((products[-1], text, tuple(asked), None))
+            elif asked:
+                instructions.append((products[-1], text.strip("."), tuple(asked), values))
     return products, instructions
 
 
@@ -202,7 +195,7 @@ def make_goals(instructions: Iterable[Instruction], prices: dict[str, float], rn
             price_upper = float(max(rng.sample(bounds, 2)))
             suffix = f", and price lower than {price_upper:.2f} dollars"
         if values is not None:
-            goals.append(Goal(product, text.strip(".") + suffix, attributes, values, price_upper))
+            goals.append(Goal(product, text + suffix, attributes, values, price_upper))
             continue
         names = sorted(product.options)
         for combination in itertools.product(*(product.options[name] for name in names)):
@@ -226,9 +219,8 @@ STOP_WORDS = (  # noqa: SIM905
 BEYOND_ASCII = [(chr(i), unicodedata.category(chr(i))) for i in range(0x80, 0x10000)]
 MARKS = "".join(c for c, kind in BEYOND_ASCII if kind[0] == "M" or (kind == "Cf" and c != "\u200b"))
 MARKS += "\uff9e\uff9f"  # with the marks, these two Katakana signs belong to the character before them
-NUMERALS = "".join(
-    c for c, kind in BEYOND_ASCII if kind == "No"
-)  # ½ and the like separate, though Python's \w has them
+# Signs like ½ separate words, though Python's \w has them.
+NUMERALS = "".join(c for c, kind in BEYOND_ASCII if kind == "No")
 SINGLE = "\u3005\u3007\u3021-\u3029\u3038-\u303b\u3041-\u3096\u309d-\u309f"  # every Hiragana or Han sign is a word
 SINGLE += "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 KATAKANA = "\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff\uff66-\uff9d"
@@ -262,15 +254,13 @@ def term(word: str) -> str:
     return stem(word) if word not in STOP_WORDS and word.strip("_") else ""
 
 
-SUFFIX_STEPS = [  # suffixes and what replaces them; how many vowel-consonant changes the rest must exceed
-    (
-        "ational>ate tional>tion enci>ence anci>ance izer>ize bli>ble alli>al entli>ent eli>e ousli>ous ization>ize "
-        "ation>ate ator>ate alism>al iveness>ive fulness>ful ousness>ous aliti>al iviti>ive biliti>ble logi>log",
-        0,
-    ),
-    ("icate>ic ative> alize>al iciti>ic ical>ic ful> ness>", 0),
-    ("al> ance> ence> er> ic> able> ible> ant> ement> ment> ent> sion>s tion>t ou> ism> ate> iti> ous> ive> ize>", 1),
+SUFFIXES = [  # of three steps: suffix>what replaces it
+    "ational>ate tional>tion enci>ence anci>ance izer>ize bli>ble alli>al entli>ent eli>e ousli>ous ization>ize "
+    "ation>ate ator>ate alism>al iveness>ive fulness>ful ousness>ous aliti>al iviti>ive biliti>ble logi>log",
+    "icate>ic ative> alize>al iciti>ic ical>ic ful> ness>",
+    "al> ance> ence> er> ic> able> ible> ant> ement> ment> ent> sion>s tion>t ou> ism> ate> iti> ous> ive> ize>",
 ]
+SUFFIX_STEPS = [[tuple(pair.split(">")) for pair in step.split()] for step in SUFFIXES]
 
 
 def letter_kinds(word: str) -> str:
@@ -306,14 +296,13 @@ def stem(word: str) -> str:
             word = rest[:-1] if is_double else rest
     if word.endswith("y") and "v" in letter_kinds(word[:-1]):
         word = word[:-1] + "i"
-    for pairs, least in SUFFIX_STEPS:
-        for suffix, replacement in (pair.split(">") for pair in pairs.split()):
-            if word.endswith(suffix):
-                rest = word.removesuffix(suffix)
-                # The s or t before "ion" stays and counts; otherwise what is put in its place does not count.
-                kept = rest + replacement * (suffix in ("sion", "tion"))
-                word = rest + replacement if changes(kept) > least else word
-                break
+    for step, pairs in enumerate(SUFFIX_STEPS):
+        if pair := next((pair for pair in pairs if word.endswith(pair[0])), None):
+            rest = word.removesuffix(pair[0])
+            if step == 2:  # the s or t before "ion" counts, and more must be left
+                rest += pair[1]
+            if changes(rest) > (step == 2):
+                word = rest + pair[1] * (step < 2)
     if word.endswith("e") and changes(word[:-1]) > is_short(word[:-1]):
         word = word[:-1]
     return word[:-1] if word.endswith("ll") and changes(word) > 1 else word
@@ -339,11 +328,10 @@ class Index:
         self.starts = np.searchsorted(terms, np.arange(len(self.terms) + 1))
         df = np.diff(self.starts)
         self.idf = np.log(1 + (num - df + 0.5) / (df + 0.5)).astype(np.float32)
-        length = np.array(
-            lengths, dtype=np.int64
-        )  # lengths are kept in a byte: from 24 on only four leading bits count
-        shift = np.maximum(np.frexp(np.maximum(length - 24, 0))[1] - 4, 0)
-        length = np.where(length < 24, length, 24 + (np.maximum(length - 24, 0) >> shift << shift)).astype(np.float32)
+        # Lengths are kept in a byte: what is above 24 is cut to its four leading bits.
+        above = np.maximum(np.array(lengths, dtype=np.int64) - 24, 0)
+        shift = np.maximum(np.frexp(above)[1] - 4, 0)
+        length = (np.minimum(lengths, 24) + (above >> shift << shift)).astype(np.float32)
         one, k1, b = np.float32(1), np.float32(K1), np.float32(B)
         inverse = one / (k1 * ((one - b) + b * length / np.float32(total / num if total else 1)))
         self.saturation = one + counts.astype(np.float32) * inverse[self.texts]
@@ -425,10 +413,8 @@ def is_close(a: str, b: str) -> bool:
     """Whether token_set_ratio is above 85; if no word is common, the number of common letters may tell at once."""
     (tokens_a, ordered_a, letters_a), (tokens_b, ordered_b, letters_b) = token_set(a), token_set(b)
     least = 0.85 * (len(ordered_a) + len(ordered_b)) / 2
-    if tokens_a.isdisjoint(tokens_b) and (
-        min(len(ordered_a), len(ordered_b)) < least or (letters_a & letters_b).total() < least
-    ):
-        return False
+    if min(len(ordered_a), len(ordered_b)) < least or (letters_a & letters_b).total() < least:
+        return not tokens_a.isdisjoint(tokens_b) and token_set_ratio(a, b) > 85
     return token_set_ratio(a, b) > 85
 
 
@@ -463,26 +449,16 @@ def type_score(product: Product, goal: Product) -> dict[str, Any]:
 def count_attributes(product: Product, attributes: tuple[str, ...]) -> int:
     """How many of the attributes the product has, by its attributes or in its texts."""
     texts = [product.title.lower(), " ".join(product.bullets).lower(), product.description.lower()]
-
-    def has(attribute: str) -> bool:
-        if any(attribute in text for text in texts):
-            return True
-        return any(is_close(own, attribute) for own in product.attributes)
-
-    return sum(map(has, attributes))
-
-
-def count_options(values: Iterable[str], wanted: Iterable[str]) -> int:
-    """How many of the `wanted` options, plain ones, some chosen value is close to."""
-    chosen = [plain_option(value) for value in values]
-    return sum(any(is_close(value, option) for value in chosen) for option in wanted)
+    own = product.attributes
+    return sum(any(a in text for text in texts) or any(is_close(o, a) for o in own) for a in attributes)
 
 
 def score(product: Product, goal: Goal, price: float, options: dict[str, str]) -> dict[str, Any]:
     """The reward of buying a product with these options, and all its parts; 1.0 wins."""
     num_attributes, num_options = len(goal.attributes), len(goal.options)
     attributes = count_attributes(product, goal.attributes)
-    matched = count_options(options.values(), plain_goal_options(goal))
+    chosen = [plain_option(value) for value in options.values()]
+    matched = sum(any(is_close(value, option) for value in chosen) for option in plain_goal_options(goal))
     r_price, total = price <= goal.price_upper, num_attributes + num_options + 1
     parts = type_score(product, goal.product)
     parts |= dict(num_attr_matches=attributes, num_option_matches=matched, r_price=r_price, w_price=1 / total)
@@ -496,9 +472,9 @@ def score(product: Product, goal: Goal, price: float, options: dict[str, str]) -
 
 
 class Shop:
-    """A catalogue with its index, the prices of one visit to the market, and all goals in one shuffled order.
+    """A catalogue with its index, this seed's prices, and all goals in one shuffled order.
 
-    Everything random follows from `seed`, drawn in the original's order: prices, price bounds, then, starting anew, the
+    Everything random is drawn in the original's order: prices, price bounds, then, starting anew from `seed`, the
     shuffle; `rng` is left where the original goes on drawing names of visits and goals.
     """
 
@@ -511,7 +487,7 @@ class Shop:
         self.ranked = sorted(products, key=lambda product: product.asin)
         self.index = Index(product.document for product in self.ranked)
         self.search = lru_cache(maxsize=1024)(self.find)
-        self.held: dict[str, set[int]] = {}
+        self.holders = lru_cache(maxsize=None)(self.find_holders)
 
     def find(self, query: str) -> list[Product]:
         """The products that a search lists. `<c> category` and `<q> phrase` list all of a kind, in catalogue order."""
@@ -535,41 +511,37 @@ class Shop:
     def way_to_win(self, goal: Goal) -> tuple[Product, list[str]] | None:
         """What to buy for the full reward: the asked product as asked if that wins, else whatever does."""
         target, wanted = goal.product, plain_goal_options(goal)
-        others = ((product, None) for product in self.holding(target, wanted))
-        for product, among in itertools.chain([(target, goal.values), (target, None)], others):
-            if self.prices[product.asin] > goal.price_upper or type_score(product, target)["r_type"] < 1:
-                continue
-            if count_attributes(product, goal.attributes) == len(goal.attributes):
-                values = covering_values(product, wanted, among)
-                if values is not None:
-                    return product, values
+        for product, among in itertools.chain([(target, goal.values), (target, None)], self.others(target, wanted)):
+            if (
+                self.prices[product.asin] <= goal.price_upper
+                and type_score(product, target)["r_type"] == 1
+                and count_attributes(product, goal.attributes) == len(goal.attributes)
+                and (values := covering_values(product, wanted, among)) is not None
+            ):
+                return product, values
         return None
 
-    def holding(self, target: Product, wanted: Sequence[str]) -> Iterator[Product]:
-        """The products that have a value for each wanted option which the target has none for, if there is such one."""
+    def others(self, target: Product, wanted: Sequence[str]) -> Iterator[tuple[Product, None]]:
+        """The products with a value for each wanted option that the target has none for (for each if it has all)."""
         rare = [option for option in wanted if not any(is_close(plain_option(v), option) for v in target.choices)]
         held = [self.holders(option) for option in rare or wanted]
-        yield from (self.products[i] for i in (sorted(set.intersection(*held)) if held else range(len(self.products))))
+        yield from ((self.products[i], None) for i in (set.intersection(*held) if held else range(len(self.products))))
 
-    def holders(self, option: str) -> set[int]:
+    def find_holders(self, option: str) -> set[int]:
         """The products that have a value close to a plain option."""
-        if option not in self.held:
-            close = [products for value, products in self.by_value.items() if is_close(value, option)]
-            self.held[option] = set().union(*close)
-        return self.held[option]
+        return set().union(*(held for value, held in self.by_value.items() if is_close(value, option)))
 
     @cached_property
     def by_value(self) -> dict[str, set[int]]:
         """For each plain option value, the products that have it."""
         products: dict[str, set[int]] = {}
-        for i, product in enumerate(self.products):
-            for value in product.choices:
-                products.setdefault(plain_option(value), set()).add(i)
+        for i, value in ((i, value) for i, product in enumerate(self.products) for value in product.choices):
+            products.setdefault(plain_option(value), set()).add(i)
         return products
 
 
 def covering_values(product: Product, wanted: Sequence[str], among: Sequence[str] | None) -> list[str] | None:
-    """Values, at most one per option name, that together match all `wanted` options; None if none (`among` these) do."""
+    """Values (`among` these), at most one per name, that together match all `wanted` options; None if there are none."""
     ways: dict[int, list[str]] = {0: []}  # set of options matched, as bits -> values that do it
     for name in product.options:
         longer = dict(ways)
@@ -598,6 +570,16 @@ def open_shop(data: str | None, num_products: int | None, human_goals: bool, see
     return Shop(*read_catalogue(records, notes, human, [str(path) for path in paths]), seed)
 
 
+@lru_cache(maxsize=8)
+def split_goals(shop: Shop, original: bool) -> tuple[Sequence[int], Sequence[int]]:
+    """Numbers of the validation and the training goals: the first 500, but at most a fifth, and the rest."""
+    numbers = [i for i in range(len(shop.goals)) if original or shop.ways[i] is not None]
+    if len(numbers) < 2:
+        raise ValueError(f"{len(numbers)} of this catalogue's {len(shop.goals)} goals can be won; two are needed")
+    num = min(MOST_VALIDATION_GOALS, max(len(numbers) // 5, 1))
+    return numbers[:num], numbers[num:]
+
+
 GENERATED_PRODUCTS = 300
 KINDS = {  # category: queries; attributes; options. A product has one query and some of the others
     "fashion": "shirts jackets socks boots; machine wash, slim fit, long lasting, quick dry, soft lining; color size",
@@ -606,15 +588,9 @@ KINDS = {  # category: queries; attributes; options. A product has one query and
     "beauty": "soaps creams brushes; sensitive skin, natural oils, travel size, long lasting, paraben free; scent pack",
     "grocery": "teas snacks cereals; gluten free, low sugar, plant based, whole grain, fair trade; flavor pack",
 }
-OPTION_VALUES = {
-    "color": "black blue green grey pink red white yellow",
-    "size": "small medium large",
-    "style": "round square tall",
-    "length": "short middle long",
-    "scent": "honey lemon mint rose",
-    "flavor": "cocoa ginger honey plum",
-    "pack": "single double family",
-}
+OPTION_VALUES = dict(color="black blue green grey pink red white yellow", size="small medium large")
+OPTION_VALUES |= dict(style="round square tall", length="short middle long", pack="single double family")
+OPTION_VALUES |= dict(scent="honey lemon mint rose", flavor="cocoa ginger honey plum")
 BRANDS = ("Abero", "Belu", "Cando", "Dorin", "Elvo", "Fenra", "Galto", "Hindo", "Ibex", "Jarno", "Kelvi", "Lumo")
 
 
@@ -652,7 +628,6 @@ def generate_catalogue(num_products: int, seed: int) -> tuple[list[dict[str, Any
 
 # -------------------------------------------------------------------------------------------- one visit
 
-
 DONE_PAGE = (
     "Thank you for shopping with us! [SEP] Your code: [SEP] None [SEP] (Paste it in your MTurk interface.) [SEP] "
     "Purchased [SEP] asin [SEP] {asin} [SEP] options [SEP] {options} [SEP] attrs [SEP] None [SEP] category [SEP] None "
@@ -675,8 +650,7 @@ class Session:
         self.go_home()
 
     def go_home(self) -> None:
-        self.page, self.number, self.product = "search", 0, None
-        self.words: list[str] | None = None
+        self.page, self.number, self.product, self.words = "search", 0, None, None
         self.results: list[Product] = []
         self.options: dict[str, str] = {}
 
@@ -695,30 +669,23 @@ class Session:
     @property
     def clickables(self) -> list[str]:
         """What can be clicked, in the order of the page."""
-        if self.page == "search":
-            return ["search"]
         if self.page == "results":
-            back = ["< prev"] if self.number > 1 else []
+            back = ["< prev"] * (self.number > 1)
             return ["back to search", *back, "next >", *(product.asin.lower() for product in self.listed)]
         if self.page == "item":
             return [*BUTTONS, *self.product.choices]
-        return ["back to search", "< prev"] if self.page in SUB_PAGES else []
+        return {"search": ["search"], "done": []}.get(self.page, ["back to search", "< prev"])
 
     def act(self, action: str) -> None:
         """Play `search[words]`, good on every page, or `click[text]`; anything else changes nothing."""
         match = re.match(r"(.+)\[(.+)\]", action)
-        verb, argument = (match[1], match[2].lower()) if match else (action, "")
-        if self.page == "done" or not match:
-            return
+        verb, text = (match[1], match[2].lower()) if match and self.page != "done" else ("", "")
         if verb == "search":
-            self.go_home()
-            self.words = argument.split(" ")
+            self.words = text.split(" ")
             self.open_results(1)
-        elif verb == "click" and argument != "search" and argument in self.clickables:
-            self.click(argument)
-
-    def click(self, text: str) -> None:
-        if text == "back to search":
+        elif verb != "click" or text == "search" or text not in self.clickables:
+            return
+        elif text == "back to search":
             self.go_home()
         elif text == "next >":
             self.open_results(self.number + 1)
@@ -738,51 +705,44 @@ class Session:
 
     def text(self) -> str:
         """The page as the original shows it: segments joined by [SEP]."""
-        head = ["Instruction:", self.goal.text, "Back to Search"]
-        if self.page == "search":
-            segments = ["WebShop", *head[:2], "Search"]
-        elif self.page == "results":
-            segments = [*head, f"Page {self.number} (Total results: {len(self.results)})"]
-            segments += [*["< Prev"] * (self.number > 1), "Next >"]
-            segments += [text for product in self.listed for text in (product.asin, product.title, product.tag)]
-        elif self.page == "item":
-            segments = [*head, "< Prev"]
-            segments += [text for name, values in self.product.options.items() for text in (name, *values)]
-            segments += [self.product.title, f"Price: {self.product.tag}", "Rating: N.A."]
-            segments += ["Description", "Features", "Reviews", "Buy Now"]
-        elif self.page == "done":
+        segments, product = ["Instruction:", self.goal.text, "Back to Search"], self.product
+        if self.page == "done":
             options = json.dumps(self.options, sort_keys=True)
-            return DONE_PAGE.format(asin=self.product.asin, options=options, reward=self.score["reward"])
+            return DONE_PAGE.format(asin=product.asin, options=options, reward=self.score["reward"])
+        if self.page == "search":
+            segments = ["WebShop", *segments[:2], "Search"]
+        elif self.page == "results":
+            segments += [f"Page {self.number} (Total results: {len(self.results)})"]
+            segments += [*["< Prev"] * (self.number > 1), "Next >"]
+            segments += [text for p in self.listed for text in (p.asin, p.title, p.tag)]
+        elif self.page == "item":
+            segments += ["< Prev", *(text for name, values in product.options.items() for text in (name, *values))]
+            segments += [product.title, f"Price: {product.tag}", "Rating: N.A."]
+            segments += ["Description", "Features", "Reviews", "Buy Now"]
         else:
-            bullets = [f" {bullet}" for bullet in self.product.bullets]
-            body = {"description": [self.product.description], "features": bullets, "reviews": []}[self.page]
-            segments = [*head, "< Prev", *body]
+            bullets = [f" {bullet}" for bullet in product.bullets]
+            segments += ["< Prev", *dict(description=[product.description], features=bullets, reviews=[])[self.page]]
         # Lost on the way through HTML: empty texts, and white space that has a line break in it.
         return " [SEP] ".join(s.strip() for s in segments if s and not (s.isspace() and "\n" in s))
 
     def short_text(self) -> str:
         """The page and the whole state of the visit in few words, without buttons, for the tiny policy."""
-        lines = [self.goal.text]
+        lines, chosen = [self.goal.text], " ".join(f"[{value}]" for value in self.options.values())
+        shown = self.listed if self.page == "results" else [self.product] if self.product else []
+        products = [f"[{p.asin.lower()}] {' '.join(p.title.split()[:12])} {p.tag}" for p in shown]
         if self.page == "search":
             lines += ["search page"]
         elif self.page == "results":
-            lines += [f"page {self.number}", *map(one_line, self.listed)]
+            lines += [f"page {self.number}", *products]
         elif self.page == "done":
-            chosen = " ".join(f"[{value}]" for value in self.options.values())
             lines += [f"bought [{self.product.asin.lower()}] {chosen}", f"score {self.score['reward']:.2f}"]
             lines += ["listed " + " ".join(f"[{p.asin.lower()}]" for p in self.listed)]
+        elif self.page == "item":
+            lines += [*products, *(f"{name}: {' '.join(values)}" for name, values in self.product.options.items())]
+            lines += [f"chosen {chosen}"] * bool(chosen)
         else:
-            lines += [one_line(self.product)]
-            lines += [f"{name}: {' '.join(values)}" for name, values in self.product.options.items()]
-            lines += ["chosen " + " ".join(f"[{value}]" for value in self.options.values())] if self.options else []
-            if self.page in SUB_PAGES:
-                lines += [self.text().split(" [SEP] < Prev")[1].replace(" [SEP] ", " ").strip()]
+            lines += [*products, self.text().split(" [SEP] < Prev")[1].replace(" [SEP] ", " ").strip()]
         return "\n".join(lines)
-
-
-def one_line(product: Product) -> str:
-    """A product in a short list; long titles are cut."""
-    return f"[{product.asin.lower()}] {' '.join(product.title.split()[:12])} {product.tag}"
 
 
 def format_page(text: str, task: str) -> str:
@@ -800,14 +760,13 @@ class WebShop(Env):
     """Buy what the instruction asks for within `turns` actions: 10 for a purchase of the full reward, else 0.
 
     `info["task_score"]` is the original's reward, which also pays for a purchase that is right in part. `compact` pages
-    hold three products and are short (default: with the generated catalogue). Seeds from 2^31 on are the validation
-    goals, in turn.
+    are short and list three products (default: with the generated catalogue). Seeds from 2^31 on are the validation
+    goals, in turn. `shop_seed` decides prices, goals, their order, and the generated catalogue.
     """
 
     name = "webshop"
-    warm_skill = 0.3
-    reply_format = "Think step by step about what brings you closer to the right purchase, then give one action inside "
-    reply_format += "<action> </action>."
+    warm_skill = 0.1
+    reply_format = "Think step by step about which action serves the task, then give it inside <action> </action>."
 
     def __init__(
         self,
@@ -819,38 +778,40 @@ class WebShop(Env):
         shop_seed: int = 0,
         original: bool = False,
     ):
-        if turns < 1:
-            raise ValueError(f"webshop needs at least one turn, got --turns {turns}")
-        if products is not None and products < 1:
-            raise ValueError(f"webshop needs at least one product, got --products {products}")
-        if human_goals and data is None:
-            raise ValueError("--human_goals needs --data, a folder with items_human_ins.json")
+        check(turns >= 1, f"--turns {turns}", "webshop needs at least one turn")
+        check(products is None or products >= 1, f"--products {products}", "webshop needs at least one product")
+        check(not human_goals or data is not None, "--human_goals", "needs --data, a folder with items_human_ins.json")
         self.shop = open_shop(data, products, human_goals, shop_seed)
-        self.turn_limit, self.original = turns, original
+        self.turn_limit, self.original, self.seed = turns, original, None
         self.compact = self.is_markov = data is None if compact is None else compact
-        self.page_size = 3 if self.compact else 10
         self.validation, self.training = split_goals(self.shop, original)
-        self.seed: int | None = None
-        self.rng = random.Random()
-        self.rng.setstate(self.shop.rng.getstate())
-        if original:
-            self.visit_anew()  # the original's constructor makes a visit of its own
+        if original:  # the original's constructor makes a visit of its own
+            self.rng = random.Random()
+            self.rng.setstate(self.shop.rng.getstate())
+            self.reset(0)
+            self.visit_anew()
 
     def reset(self, seed: int) -> tuple[str, dict[str, Any]]:
         if not (self.original and seed == self.seed):  # the original restarts with the goal that it happens to have
             part = self.validation if seed >= VALIDATION_SEED else self.training
             number = seed - VALIDATION_SEED if seed >= VALIDATION_SEED else derive_seed("webshop", seed)
-            self.number = part[number % len(part)]
-            self.goal, self.way = self.shop.goals[self.number], None if self.original else self.shop.ways[self.number]
+            number = part[number % len(part)]
+            self.goal, self.way = self.shop.goals[number], None if self.original else self.shop.ways[number]
             self.task = self.goal.text
         self.seed = seed
         return self.start()
 
     def start(self) -> tuple[str, dict[str, Any]]:
         """Begin an episode with the present goal."""
-        self.visit = Session(self.shop, self.goal, self.page_size)
-        self.turns, self.done = 0, False
+        self.visit = Session(self.shop, self.goal, 3 if self.compact else 10)
+        self.turns, self.done, self.won = 0, False, False
         return (self.text() if self.compact else f"{self.task}\n{self.text()}"), {"won": False, "task_score": 0.0}
+
+    def visit_anew(self) -> None:
+        """What the original does after every purchase: another visit, with another goal."""
+        self.visit_name = "".join(self.rng.choices(string.ascii_lowercase, k=10))
+        self.goal = self.shop.draw_goal(self.rng)
+        self.visit = Session(self.shop, self.goal, self.visit.page_size)
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         if self.done and not self.original:
@@ -864,20 +825,14 @@ class WebShop(Env):
         truncated = not self.done and self.turns >= self.turn_limit
         return text, 10.0 * self.won, self.done, truncated, {"won": self.won, "task_score": task_score}
 
-    def visit_anew(self) -> None:
-        """What the original does after every purchase: another visit, with another goal."""
-        self.visit_name = "".join(self.rng.choices(string.ascii_lowercase, k=10))
-        self.goal = self.shop.draw_goal(self.rng)
-        self.visit = Session(self.shop, self.goal, self.page_size)
-
     def text(self) -> str:
         return self.visit.short_text() if self.compact else format_page(self.visit.text(), self.task)
 
     def shorten(self, observation: str, num_segments: int = 15) -> str:
-        """How a history shows an observation that is not its last."""
+        """How LaMer's histories show an observation that is not their last."""
         segments = observation.split(" [SEP] ")
         rest = len(segments) - num_segments
-        return " [SEP] ".join(segments[:num_segments]) + (f" ... ({rest} more)" if rest > 0 else "")
+        return " [SEP] ".join(segments[:num_segments]) + f" ... ({rest} more)" * (rest > 0)
 
     def rules(self, style: str = "full") -> str:
         if style == "compact":
@@ -885,43 +840,38 @@ class WebShop(Env):
         return (
             "You are shopping in WebShop, an online shop of text pages. The task says what to buy: a kind of product, "
             "properties it must have, often options such as a colour or a size, and often a highest price.\n"
-            "`search[words]` lists matching products, ten a page; `click[text]` presses a button, opens the product "
-            "with that number, or chooses an option. Choose every option the task asks for before `click[buy now]`: "
-            "the page does not show what was chosen, and leaving the product's page loses it. An action that the page "
-            "does not offer does nothing but costs a turn.\n"
+            "`search[words]` lists products; `click[text]` presses a button, opens the product of that number, or "
+            "chooses an option. Choose every option the task names before `click[buy now]`: pages do not show what is "
+            "chosen, and leaving the product loses it. Any other action does nothing but costs a turn.\n"
             f"You have {self.turn_limit} turns. Buying ends the episode; the task is solved only if product, options "
-            "and price are all right. The shop and the task are the same in every episode."
+            "and price are all right. Shop and task are the same in every episode."
         )
 
     def parse(self, reply: str) -> tuple[str, bool]:
-        text = between(reply, "<action>", "</action>")
-        return (reply[-20:] if text is None else text).lower().strip(), text is not None
+        text = between(reply.lower(), "<action>", "</action>")
+        return (reply[-20:].lower() if text is None else text).strip(), text is not None
 
     def actions(self) -> list[str]:
         clicks = [f"click[{text}]" for text in self.visit.clickables]
-        if self.visit.page == "search":
-            return ["search[<your query>]", *(clicks if self.original else [])]
-        return clicks
+        if self.visit.page != "search":
+            return clicks
+        return ["search[<your query>]", *clicks * self.original]
 
     def anchor(self) -> str | None:
-        if self.original:
-            return None
-        visit = self.visit  # the pages alone do not tell which options are chosen
-        asin = visit.product.asin if visit.product else ""
-        return json.dumps([visit.page, visit.words, visit.number, asin, sorted(visit.options.items())])
+        return None if self.original else f"{self.text()} {self.visit.options}"  # full pages do not show the options
 
     def scripted(self, skill: float, rng: random.Random, memory: Sequence[str] = ()) -> str:
-        action = (
-            self.expert() if rng.random() < skill else self.novice(rng, memory[-1] if memory else "", " ".join(memory))
-        )
-        return f"<action>{action}</action>"
+        return f"<action>{self.expert() if rng.random() < skill else self.novice(rng, memory)}</action>"
 
     def expert(self) -> str:
         """The next action on the way to a winning purchase, which the expert knows."""
-        visit = self.visit
-        product, values = self.way or (self.goal.product, self.goal.values)
-        if visit.page in SUB_PAGES:
-            return "click[< prev]"
+        visit, (product, values) = self.visit, self.way or (self.goal.product, self.goal.values)
+        if visit.page == "search":
+            asked = " ".join([*self.goal.attributes, self.goal.product.query, *self.goal.values])
+            queries = [re.sub(r"[\[\]\n]", " ", query) for query in (asked, product.title, product.document)]
+            pages = [[p is product for p in self.shop.search(query.lower())] for query in queries]
+            pages = [found.index(True) // visit.page_size if True in found else MOST_RESULTS for found in pages]
+            return f"search[{queries[pages.index(min(pages))]}]"
         if visit.page == "item" and visit.product is product:
             left = [value for value in values if value not in visit.options.values()]
             return f"click[{left[0]}]" if left else "click[buy now]"
@@ -929,28 +879,21 @@ class WebShop(Env):
             return f"click[{product.asin.lower()}]"
         if visit.page == "results" and product in visit.results[visit.number * visit.page_size :]:
             return "click[next >]"
-        if visit.page == "search":
-            asked = " ".join([*self.goal.attributes, self.goal.product.query, *self.goal.values])
-            queries = [re.sub(r"[\[\]\n]", " ", query) for query in (asked, product.title, product.document)]
-            pages = [[p is product for p in self.shop.search(query.lower())] for query in queries]
-            pages = [found.index(True) // visit.page_size if True in found else MOST_RESULTS for found in pages]
-            return f"search[{queries[pages.index(min(pages))]}]"
-        return "click[back to search]"
+        return "click[< prev]" if visit.page in SUB_PAGES else "click[back to search]"
 
-    def novice(self, rng: random.Random, last_note: str, notes: str) -> str:
+    def novice(self, rng: random.Random, memory: Sequence[str]) -> str:
         """A naive shopper: searches for words of the task, opens some product, chooses options, mostly those asked for.
 
-        Most of the time it follows its notes: "not [a], try [b] with [c]" keeps it from a, sends it to b, and makes it
-        choose c.
+        Mostly it follows its notes: "not [a], try [b] with [c]" keeps it from a, sends it to b, and has it choose c.
         """
-        visit, follows = self.visit, rng.random() < 0.8
-        avoided = set(re.findall(r"not \[([^\]]*)\]", notes)) if follows else set()
-        advised = re.findall(r"\[([^\]]*)\]", last_note.partition("try ")[2]) if follows else []
+        visit, follows, goal = self.visit, rng.random() < 0.8, self.goal
+        avoided = re.findall(r"not \[([^\]]*)\]", " ".join(memory)) if follows else []
+        advised = re.findall(r"\[([^\]]*)\]", memory[-1].partition("try ")[2]) if follows and memory else []
         if rng.random() < 0.05:
-            return rng.choice(self.actions()).replace("<your query>", self.goal.product.query)
+            return rng.choice(self.actions()).replace("<your query>", goal.product.query)
         if visit.page == "search":
-            words = [a for a in self.goal.attributes if rng.random() < 0.8] + [self.goal.product.query]
-            return f"search[{' '.join(words + self.goal.values * (rng.random() < 0.5))}]"
+            words = [attribute for attribute in goal.attributes if rng.random() < 0.9] + [goal.product.query]
+            return f"search[{' '.join(words + goal.values * (rng.random() < 0.8))}]"
         if visit.page == "results":
             found = [product.asin.lower() for product in visit.listed]
             found = [a for a in found if a in advised] or [a for a in found if a not in avoided]
@@ -960,30 +903,20 @@ class WebShop(Env):
         for name in visit.product.options:
             values = [value for value, owner in visit.product.choices.items() if owner == name]
             if values and name not in visit.options:
-                asked = [v for v in values if v in advised] or [v for v in values if v in self.goal.values]
+                asked = [v for v in values if v in advised] or [v for v in values if v in goal.values]
                 return f"click[{rng.choice(asked if asked and rng.random() < 0.8 else values)}]"
         return "click[buy now]"
 
     def scripted_reflection(self, rng: random.Random) -> str:
-        """States the product bought and what to try: the same with the options missed, else the next one listed."""
+        """What to try next: the product bought with the options missed, or else the one listed after it."""
         visit, note = self.visit, "nothing"
         listed = [product.asin.lower() for product in visit.listed]
         if visit.product is not None:
             asin, choices = visit.product.asin.lower(), visit.product.choices
-            missed = [v for v in self.goal.values if v in choices and v not in visit.options.values()]
-            note = f"try [{asin}]" + (" with " + " ".join(f"[{value}]" for value in missed)) * bool(missed)
+            missed = [f"[{v}]" for v in self.goal.values if v in choices and v not in visit.options.values()]
+            note = f"try [{asin}]" + f" with {' '.join(missed)}" * bool(missed)
             if visit.page == "done" and not missed:
-                after = listed[(listed.index(asin) + 1) % len(listed)] if asin in listed else ""
-                note = f"not [{asin}], try [{after}]" if after else f"not [{asin}]"
+                note = f"not [{asin}], try [{(listed * 2)[listed.index(asin) + 1]}]"
         elif listed:
             note = f"try [{listed[0]}]"
         return f"<remark>{note if rng.random() < 0.8 else 'nothing'}</remark>"
-
-
-def split_goals(shop: Shop, original: bool) -> tuple[Sequence[int], Sequence[int]]:
-    """Numbers of the validation and the training goals: disjoint, the first 500 (at most a fifth) and the rest."""
-    numbers = [i for i in range(len(shop.goals)) if original or shop.ways[i] is not None]
-    if len(numbers) < 2:
-        raise ValueError(f"only {len(numbers)} of {len(shop.goals)} goals of this catalogue can be won; two are needed")
-    num = min(MOST_VALIDATION_GOALS, max(len(numbers) // 5, 1))
-    return numbers[:num], numbers[num:]
