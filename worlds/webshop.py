@@ -42,7 +42,7 @@ MOST_VALIDATION_GOALS = 500
 
 @dataclass(slots=True, eq=False)
 class Product:
-    """A product after loading. `choices` maps what can be clicked to its option's name."""
+    """A product after loading. `tag` is its price as pages show it, `choices` maps values to their option's name."""
 
     asin: str
     title: str
@@ -54,24 +54,21 @@ class Product:
     query: str
     category: str
     product_category: str
+    tag: str = ""
     choices: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.tag = " to ".join(f"${price}" for price in self.prices)
         # A value under two names is listed once, at its first place, and sets the later name; a value that reads like
         # a button acts as the button.
         pairs = [(value, name) for name, values in self.options.items() for value in values]
         self.choices = {value: name for value, name in pairs if value not in BUTTONS}
 
     @property
-    def tag(self) -> str:
-        """The price as pages show it: `$15.9` or `$12.99 to $15.99`."""
-        return " to ".join(f"${price}" for price in self.prices)
-
-    @property
     def document(self) -> str:
         """The text that is searched."""
         options = ", and ".join(f"{name}: {', '.join(values)}" for name, values in self.options.items())
-        return " ".join([self.title, self.description, self.bullets[0] if self.bullets else "", options]).lower()
+        return " ".join([self.title, self.description, *(self.bullets[:1] or [""]), options]).lower()
 
 
 @dataclass(slots=True)
@@ -83,12 +80,16 @@ class Goal:
     attributes: tuple[str, ...]
     options: dict[str, str] | list[str]
     price_upper: float
-    weight: float = 1.0
+    weight: float = 1.0  # in the original's draw
 
     @property
     def values(self) -> list[str]:
-        """The option values asked for."""
         return list(self.options.values() if isinstance(self.options, dict) else self.options)
+
+    @property
+    def wanted(self) -> list[str]:
+        """The options as the reward compares them."""
+        return [plain_option(o) for o in (self.options.items() if isinstance(self.options, dict) else self.options)]
 
 
 # What goals are made of: product, instruction, attributes, and the option values asked for, or None for all of them.
@@ -271,15 +272,17 @@ def letter_kinds(word: str) -> str:
     return kinds
 
 
+def changes(word: str) -> int:
+    """How often a consonant follows a vowel, Porter's measure of a word."""
+    return letter_kinds(word).count("vc")
+
+
+def is_short(word: str) -> bool:
+    return changes(word) == 1 and letter_kinds(word).endswith("cvc") and word[-1] not in "wxy"
+
+
 def stem(word: str) -> str:
     """Porter's stemmer with his two later changes (https://tartarus.org/martin/PorterStemmer/)."""
-
-    def changes(rest: str) -> int:
-        return letter_kinds(rest).count("vc")
-
-    def is_short(rest: str) -> bool:
-        return changes(rest) == 1 and letter_kinds(rest).endswith("cvc") and rest[-1] not in "wxy"
-
     if len(word) < 3:
         return word
     if word.endswith(("sses", "ies")):
@@ -297,12 +300,11 @@ def stem(word: str) -> str:
     if word.endswith("y") and "v" in letter_kinds(word[:-1]):
         word = word[:-1] + "i"
     for step, pairs in enumerate(SUFFIX_STEPS):
-        if pair := next((pair for pair in pairs if word.endswith(pair[0])), None):
-            rest = word.removesuffix(pair[0])
-            if step == 2:  # the s or t before "ion" counts, and more must be left
-                rest += pair[1]
-            if changes(rest) > (step == 2):
-                word = rest + pair[1] * (step < 2)
+        suffix, replacement = next((pair for pair in pairs if word.endswith(pair[0])), ("", ""))
+        rest = word.removesuffix(suffix)
+        # In the last step more must be left, and the s or t before "ion" counts.
+        if suffix and changes(rest + replacement * (step == 2)) > (step == 2):
+            word = rest + replacement
     if word.endswith("e") and changes(word[:-1]) > is_short(word[:-1]):
         word = word[:-1]
     return word[:-1] if word.endswith("ll") and changes(word) > 1 else word
@@ -428,11 +430,6 @@ def plain_option(option: str | tuple[str, str]) -> str:
     return next((color for color in COLORS if color in option), str(option))
 
 
-def plain_goal_options(goal: Goal) -> list[str]:
-    options = goal.options
-    return [plain_option(option) for option in (options.items() if isinstance(options, dict) else options)]
-
-
 def type_score(product: Product, goal: Product) -> dict[str, Any]:
     """Whether two products are of the same kind, by query, category path and the nouns of their titles."""
     query_match = product.query == goal.query
@@ -458,7 +455,7 @@ def score(product: Product, goal: Goal, price: float, options: dict[str, str]) -
     num_attributes, num_options = len(goal.attributes), len(goal.options)
     attributes = count_attributes(product, goal.attributes)
     chosen = [plain_option(value) for value in options.values()]
-    matched = sum(any(is_close(value, option) for value in chosen) for option in plain_goal_options(goal))
+    matched = sum(any(is_close(value, option) for value in chosen) for option in goal.wanted)
     r_price, total = price <= goal.price_upper, num_attributes + num_options + 1
     parts = type_score(product, goal.product)
     parts |= dict(num_attr_matches=attributes, num_option_matches=matched, r_price=r_price, w_price=1 / total)
@@ -487,7 +484,10 @@ class Shop:
         self.ranked = sorted(products, key=lambda product: product.asin)
         self.index = Index(product.document for product in self.ranked)
         self.search = lru_cache(maxsize=1024)(self.find)
-        self.holders = lru_cache(maxsize=None)(self.find_holders)
+        self.held: dict[str, set[int]] = {}  # option -> numbers of the products that have it; see `holders`
+        self.by_value: dict[str, set[int]] = {}  # the same for every plain value of the catalogue
+        for i, value in ((i, value) for i, product in enumerate(products) for value in product.choices):
+            self.by_value.setdefault(plain_option(value), set()).add(i)
 
     def find(self, query: str) -> list[Product]:
         """The products that a search lists. `<c> category` and `<q> phrase` list all of a kind, in catalogue order."""
@@ -510,7 +510,7 @@ class Shop:
 
     def way_to_win(self, goal: Goal) -> tuple[Product, list[str]] | None:
         """What to buy for the full reward: the asked product as asked if that wins, else whatever does."""
-        target, wanted = goal.product, plain_goal_options(goal)
+        target, wanted = goal.product, goal.wanted
         for product, among in itertools.chain([(target, goal.values), (target, None)], self.others(target, wanted)):
             if (
                 self.prices[product.asin] <= goal.price_upper
@@ -527,21 +527,15 @@ class Shop:
         held = [self.holders(option) for option in rare or wanted]
         yield from ((self.products[i], None) for i in (set.intersection(*held) if held else range(len(self.products))))
 
-    def find_holders(self, option: str) -> set[int]:
+    def holders(self, option: str) -> set[int]:
         """The products that have a value close to a plain option."""
-        return set().union(*(held for value, held in self.by_value.items() if is_close(value, option)))
-
-    @cached_property
-    def by_value(self) -> dict[str, set[int]]:
-        """For each plain option value, the products that have it."""
-        products: dict[str, set[int]] = {}
-        for i, value in ((i, value) for i, product in enumerate(self.products) for value in product.choices):
-            products.setdefault(plain_option(value), set()).add(i)
-        return products
+        if option not in self.held:
+            self.held[option] = set().union(*(held for v, held in self.by_value.items() if is_close(v, option)))
+        return self.held[option]
 
 
 def covering_values(product: Product, wanted: Sequence[str], among: Sequence[str] | None) -> list[str] | None:
-    """Values (`among` these), at most one per name, that together match all `wanted` options; None if there are none."""
+    """Values (`among` these), at most one per name, that together match all `wanted` options; None if none do."""
     ways: dict[int, list[str]] = {0: []}  # set of options matched, as bits -> values that do it
     for name in product.options:
         longer = dict(ways)
@@ -584,7 +578,7 @@ GENERATED_PRODUCTS = 300
 KINDS = {  # category: queries; attributes; options. A product has one query and some of the others
     "fashion": "shirts jackets socks boots; machine wash, slim fit, long lasting, quick dry, soft lining; color size",
     "garden": "lamps rugs stools shelves; easy assembly, solid wood, heavy duty, water proof, non slip; color style",
-    "electronics": "cables speakers chargers; fast charging, hands free, high speed, dust proof, non slip; color length",
+    "electronics": "cables speakers chargers; fast charging, hands free, high speed, dust proof, low noise; color length",
     "beauty": "soaps creams brushes; sensitive skin, natural oils, travel size, long lasting, paraben free; scent pack",
     "grocery": "teas snacks cereals; gluten free, low sugar, plant based, whole grain, fair trade; flavor pack",
 }
@@ -745,14 +739,6 @@ class Session:
         return "\n".join(lines)
 
 
-def format_page(text: str, task: str) -> str:
-    """The page as LaMer's prompts show it: the segments after the task, quoted; a page without the task as it is."""
-    segments = text.split(" [SEP] ")
-    if task not in segments:
-        return text
-    return " [SEP] ".join(f"'{segment}'" for segment in segments[segments.index(task) + 1 :])
-
-
 # ------------------------------------------------------------------------------------------ the episode
 
 
@@ -826,7 +812,11 @@ class WebShop(Env):
         return text, 10.0 * self.won, self.done, truncated, {"won": self.won, "task_score": task_score}
 
     def text(self) -> str:
-        return self.visit.short_text() if self.compact else format_page(self.visit.text(), self.task)
+        """The page, short or as LaMer's prompts show it: the segments after the task, quoted."""
+        if self.compact:
+            return self.visit.short_text()
+        before, found, after = self.visit.text().partition(f" [SEP] {self.task} [SEP] ")
+        return " [SEP] ".join(f"'{segment}'" for segment in after.split(" [SEP] ")) if found else before
 
     def shorten(self, observation: str, num_segments: int = 15) -> str:
         """How LaMer's histories show an observation that is not their last."""
