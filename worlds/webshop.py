@@ -200,9 +200,11 @@ def make_goals(instructions: Iterable[Instruction], prices: dict[str, float], rn
             continue
         names = sorted(product.options)
         for combination in itertools.product(*(product.options[name] for name in names)):
+            asked = ", and ".join(map(": ".join, zip(names, combination, strict=True)))
             options = dict(zip(names, combination, strict=True))
-            asked = " with " * bool(options) + ", and ".join(f"{name}: {value}" for name, value in options.items())
-            goals.append(Goal(product, text + asked + suffix, attributes, options, price_upper))
+            goals.append(
+                Goal(product, text + " with " * bool(names) + asked + suffix, attributes, options, price_upper)
+            )
     counts = Counter(attribute for goal in goals for attribute in goal.attributes)
     for goal in goals:
         if isinstance(goal.options, dict):  # people's goals all weigh 1
@@ -261,6 +263,7 @@ SUFFIXES = [  # of three steps: suffix>what replaces it
     "icate>ic ative> alize>al iciti>ic ical>ic ful> ness>",
     "al> ance> ence> er> ic> able> ible> ant> ement> ment> ent> sion>s tion>t ou> ism> ate> iti> ous> ive> ize>",
 ]
+SHORT = re.compile("c+vc[^wxy]")  # the letter kinds of a short word, and its last letter
 SUFFIX_STEPS = [[tuple(pair.split(">")) for pair in step.split()] for step in SUFFIXES]
 
 
@@ -273,12 +276,8 @@ def letter_kinds(word: str) -> str:
 
 
 def changes(word: str) -> int:
-    """How often a consonant follows a vowel, Porter's measure of a word."""
+    """How often a consonant follows a vowel: Porter's measure of a word."""
     return letter_kinds(word).count("vc")
-
-
-def is_short(word: str) -> bool:
-    return changes(word) == 1 and letter_kinds(word).endswith("cvc") and word[-1] not in "wxy"
 
 
 def stem(word: str) -> str:
@@ -292,7 +291,7 @@ def stem(word: str) -> str:
     if word.endswith("eed"):
         word = word[:-1] if changes(word[:-3]) else word
     elif word.endswith(("ed", "ing")) and "v" in letter_kinds(rest := word[: -2 if word[-1] == "d" else -3]):
-        if rest.endswith(("at", "bl", "iz")) or is_short(rest):
+        if rest.endswith(("at", "bl", "iz")) or SHORT.fullmatch(letter_kinds(rest) + rest[-1]):
             word = rest + "e"
         else:
             is_double = rest[-2:-1] == rest[-1] and letter_kinds(rest)[-1] == "c" and rest[-1] not in "lsz"
@@ -305,7 +304,7 @@ def stem(word: str) -> str:
         # In the last step more must be left, and the s or t before "ion" counts.
         if suffix and changes(rest + replacement * (step == 2)) > (step == 2):
             word = rest + replacement
-    if word.endswith("e") and changes(word[:-1]) > is_short(word[:-1]):
+    if word.endswith("e") and changes(word[:-1]) > bool(SHORT.fullmatch(letter_kinds(word[:-1]) + word[-2:-1])):
         word = word[:-1]
     return word[:-1] if word.endswith("ll") and changes(word) > 1 else word
 
@@ -578,12 +577,12 @@ GENERATED_PRODUCTS = 300
 KINDS = {  # category: queries; attributes; options. A product has one query and some of the others
     "fashion": "shirts jackets socks boots; machine wash, slim fit, long lasting, quick dry, soft lining; color size",
     "garden": "lamps rugs stools shelves; easy assembly, solid wood, heavy duty, water proof, non slip; color style",
-    "electronics": "cables speakers chargers; fast charging, hands free, high speed, dust proof, low noise; color length",
+    "electronics": "cables speakers chargers; fast charging, hands free, high speed, dust proof, low noise; color style",
     "beauty": "soaps creams brushes; sensitive skin, natural oils, travel size, long lasting, paraben free; scent pack",
     "grocery": "teas snacks cereals; gluten free, low sugar, plant based, whole grain, fair trade; flavor pack",
 }
 OPTION_VALUES = dict(color="black blue green grey pink red white yellow", size="small medium large")
-OPTION_VALUES |= dict(style="round square tall", length="short middle long", pack="single double family")
+OPTION_VALUES |= dict(style="round square tall", pack="single double family")
 OPTION_VALUES |= dict(scent="honey lemon mint rose", flavor="cocoa ginger honey plum")
 BRANDS = ("Abero", "Belu", "Cando", "Dorin", "Elvo", "Fenra", "Galto", "Hindo", "Ibex", "Jarno", "Kelvi", "Lumo")
 
@@ -639,7 +638,6 @@ class Session:
 
     def __init__(self, shop: Shop, goal: Goal, page_size: int = 10):
         self.shop, self.goal, self.page_size = shop, goal, page_size
-        self.rng = random.Random(derive_seed("webshop visit", goal.text))  # for `<r>`, the only draw within a visit
         self.score: dict[str, Any] = {"reward": 0.0}
         self.go_home()
 
@@ -650,8 +648,9 @@ class Session:
 
     def open_results(self, number: int) -> None:
         self.page, self.number, self.product, self.options = "results", number, None, {}
-        if self.words[0] == "<r>":  # drawn again at every page turn
-            self.results = self.rng.sample(self.shop.products, min(MOST_RESULTS, len(self.shop.products)))
+        if self.words[0] == "<r>":  # other products on every page, but the same in every episode
+            rng, products = random.Random(derive_seed("webshop", self.goal.text, number)), self.shop.products
+            self.results = rng.sample(products, min(MOST_RESULTS, len(products)))
         else:
             self.results = self.shop.search(" ".join(self.words))
 
@@ -722,20 +721,21 @@ class Session:
     def short_text(self) -> str:
         """The page and the whole state of the visit in few words, without buttons, for the tiny policy."""
         lines, chosen = [self.goal.text], " ".join(f"[{value}]" for value in self.options.values())
-        shown = self.listed if self.page == "results" else [self.product] if self.product else []
-        products = [f"[{p.asin.lower()}] {' '.join(p.title.split()[:12])} {p.tag}" for p in shown]
+        listed = [
+            f"[{p.asin.lower()}] {' '.join(p.title.split()[:12])} {p.tag}" for p in [self.product] + self.listed if p
+        ]
         if self.page == "search":
             lines += ["search page"]
         elif self.page == "results":
-            lines += [f"page {self.number}", *products]
+            lines += [f"page {self.number}", *listed]
         elif self.page == "done":
             lines += [f"bought [{self.product.asin.lower()}] {chosen}", f"score {self.score['reward']:.2f}"]
-            lines += ["listed " + " ".join(f"[{p.asin.lower()}]" for p in self.listed)]
+            lines += ["listed " + " ".join(line.split()[0] for line in listed[1:])]
         elif self.page == "item":
-            lines += [*products, *(f"{name}: {' '.join(values)}" for name, values in self.product.options.items())]
+            lines += [listed[0], *(f"{name}: {' '.join(values)}" for name, values in self.product.options.items())]
             lines += [f"chosen {chosen}"] * bool(chosen)
         else:
-            lines += [*products, self.text().split(" [SEP] < Prev")[1].replace(" [SEP] ", " ").strip()]
+            lines += [listed[0], self.text().split(" [SEP] < Prev")[1].replace(" [SEP] ", " ").strip()]
         return "\n".join(lines)
 
 
@@ -771,11 +771,10 @@ class WebShop(Env):
         self.turn_limit, self.original, self.seed = turns, original, None
         self.compact = self.is_markov = data is None if compact is None else compact
         self.validation, self.training = split_goals(self.shop, original)
+        self.rng = random.Random()
+        self.rng.setstate(self.shop.rng.getstate())
         if original:  # the original's constructor makes a visit of its own
-            self.rng = random.Random()
-            self.rng.setstate(self.shop.rng.getstate())
-            self.reset(0)
-            self.visit_anew()
+            self.draw_visit()
 
     def reset(self, seed: int) -> tuple[str, dict[str, Any]]:
         if not (self.original and seed == self.seed):  # the original restarts with the goal that it happens to have
@@ -783,7 +782,7 @@ class WebShop(Env):
             number = seed - VALIDATION_SEED if seed >= VALIDATION_SEED else derive_seed("webshop", seed)
             number = part[number % len(part)]
             self.goal, self.way = self.shop.goals[number], None if self.original else self.shop.ways[number]
-            self.task = self.goal.text
+            self.task = self.goal.text.strip()
         self.seed = seed
         return self.start()
 
@@ -793,23 +792,23 @@ class WebShop(Env):
         self.turns, self.done, self.won = 0, False, False
         return (self.text() if self.compact else f"{self.task}\n{self.text()}"), {"won": False, "task_score": 0.0}
 
-    def visit_anew(self) -> None:
-        """What the original does after every purchase: another visit, with another goal."""
+    def draw_visit(self) -> None:
+        """The original's draw of another visit, with another goal, at the beginning and after every purchase."""
         self.visit_name = "".join(self.rng.choices(string.ascii_lowercase, k=10))
         self.goal = self.shop.draw_goal(self.rng)
-        self.visit = Session(self.shop, self.goal, self.visit.page_size)
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         if self.done and not self.original:
             return self.text(), 0.0, True, False, {"won": self.won, "task_score": self.visit.score["reward"]}
         self.turns += 1
         self.visit.act(action)
-        text, task_score = self.text(), self.visit.score["reward"]
-        self.done, self.won = self.visit.page == "done", task_score == 1
+        text, task_score, self.done = self.text(), self.visit.score["reward"], self.visit.page == "done"
+        self.won, truncated = task_score == 1, not self.done and self.turns >= self.turn_limit
+        result = text, 10.0 * self.won, self.done, truncated, {"won": self.won, "task_score": task_score}
         if self.done and self.original:
-            self.visit_anew()
-        truncated = not self.done and self.turns >= self.turn_limit
-        return text, 10.0 * self.won, self.done, truncated, {"won": self.won, "task_score": task_score}
+            self.draw_visit()
+            self.start()
+        return result
 
     def text(self) -> str:
         """The page, short or as LaMer's prompts show it: the segments after the task, quoted."""
@@ -858,10 +857,9 @@ class WebShop(Env):
         visit, (product, values) = self.visit, self.way or (self.goal.product, self.goal.values)
         if visit.page == "search":
             asked = " ".join([*self.goal.attributes, self.goal.product.query, *self.goal.values])
-            queries = [re.sub(r"[\[\]\n]", " ", query) for query in (asked, product.title, product.document)]
-            pages = [[p is product for p in self.shop.search(query.lower())] for query in queries]
-            pages = [found.index(True) // visit.page_size if True in found else MOST_RESULTS for found in pages]
-            return f"search[{queries[pages.index(min(pages))]}]"
+            queries = [re.sub(r"[\[\]\n]", " ", query).lower() for query in (asked, product.title, product.document)]
+            easy = [query for query in queries if product in self.shop.search(query)[: visit.page_size]]
+            return f"search[{(easy or queries)[0]}]"
         if visit.page == "item" and visit.product is product:
             left = [value for value in values if value not in visit.options.values()]
             return f"click[{left[0]}]" if left else "click[buy now]"
