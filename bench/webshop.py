@@ -10,12 +10,11 @@ import time
 import tracemalloc
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from envs import load_module
 
-webshop = load_module(str(ROOT / "worlds" / "webshop.py"), 0)
+webshop = load_module(f"{sys.path[0]}/worlds/webshop.py", 0)
 
 
 def measure(data: str | None, products: int, compact: bool) -> None:

@@ -1,16 +1,14 @@
 """WebShop: buy what an instruction asks for, in a shop of text pages (Yao et al., 2022), as in LaMer's experiments.
 
-Loads the genuine files or generates a catalogue of the same format, and needs no Java, no web server and no tagger:
-
     python train.py --env webshop                              a generated catalogue, short pages for the tiny policy
     python train.py --env webshop --data DIR                   items_shuffle_1000.json and items_ins_v2_1000.json in DIR
     python train.py --env webshop --data DIR --human_goals     the instructions people wrote, items_human_ins.json
 
-From bottom to top: products and goals, search, reward, the shop that holds them, a `Session` (one visit: its pages,
-actions and purchase), and `WebShop`, LaMer's episode around a visit. Pages, rewards, ranking and goals follow the
-original (facts/webshop.md) to the letter. `WebShop` differs where the original defeats its purpose: one shuffle, with
-validation goals held out; the same goal in every episode of a trial, also after a wrong purchase; no goals that cannot
-be won; no `click[search]`, which does nothing. `original=True` restores the last three.
+From bottom to top: products and goals, search, reward, the shop, a `Session` (one visit: its pages, actions and
+purchase), and `WebShop`, LaMer's episode around a visit. Pages, rewards, ranking and goals follow the original to the
+letter (facts/webshop.md). `WebShop` differs where the original defeats its purpose: one shuffle, with validation goals
+held out; the same goal in every episode of a trial, also after a wrong purchase; no goals that cannot be won; no
+`click[search]`, which does nothing. `original=True` restores the last three.
 """
 
 import itertools
@@ -21,7 +19,7 @@ import string
 import unicodedata
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from functools import cached_property, lru_cache
@@ -37,7 +35,6 @@ from envs import Env, between, derive_seed
 BUTTONS = ("back to search", "< prev", "description", "features", "reviews", "buy now")  # of an item page, in order
 SUB_PAGES = ("description", "features", "reviews")
 VALIDATION_SEED = 2**31  # the project evaluates with seeds from here on
-MOST_VALIDATION_GOALS = 500
 
 
 @dataclass(slots=True, eq=False)
@@ -55,12 +52,13 @@ class Product:
     category: str
     product_category: str
     tag: str = ""
+    path: frozenset[str] = frozenset()
     choices: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.path = frozenset(part.strip() for part in self.product_category.split("›"))
         self.tag = " to ".join(f"${price}" for price in self.prices)
-        # A value under two names is listed once, at its first place, and sets the later name; a value that reads like
-        # a button acts as the button.
+        # A value under two names is listed once and sets the later one; a value that reads like a button is the button.
         pairs = [(value, name) for name, values in self.options.items() for value in values]
         self.choices = {value: name for value, name in pairs if value not in BUTTONS}
 
@@ -118,12 +116,11 @@ def is_texts(value: Any) -> bool:
 
 def read_prices(pricing: Any, place: str) -> list[float]:
     """The first two prices of a text like "$12.99 to $1,015.99"; 100 where there is none."""
-    if pricing in ("", None):
+    check(isinstance(pricing, str | None), place, f"pricing {pricing!r:.60} is not text")
+    if not pricing:
         return [100.0]
-    check(isinstance(pricing, str), place, f"pricing {pricing!r:.60} is not text")
     prices = [re.sub(r"[^0-9.]", "", piece) for piece in pricing.split("$")[1:]]
-    is_good = prices and all(re.fullmatch(r"\d+\.?\d*|\.\d+", price) for price in prices)
-    check(is_good, place, f"malformed pricing {pricing!r:.60}")
+    check(prices and all(re.fullmatch(r"\d+\.?\d*|\.\d+", p) for p in prices), place, f"bad pricing {pricing!r:.60}")
     return [float(price) for price in prices[:2]]
 
 
@@ -200,11 +197,9 @@ def make_goals(instructions: Iterable[Instruction], prices: dict[str, float], rn
             continue
         names = sorted(product.options)
         for combination in itertools.product(*(product.options[name] for name in names)):
-            asked = ", and ".join(map(": ".join, zip(names, combination, strict=True)))
+            asked = " with " * bool(names) + ", and ".join(map(": ".join, zip(names, combination, strict=True)))
             options = dict(zip(names, combination, strict=True))
-            goals.append(
-                Goal(product, text + " with " * bool(names) + asked + suffix, attributes, options, price_upper)
-            )
+            goals.append(Goal(product, text + asked + suffix, attributes, options, price_upper))
     counts = Counter(attribute for goal in goals for attribute in goal.attributes)
     for goal in goals:
         if isinstance(goal.options, dict):  # people's goals all weigh 1
@@ -377,7 +372,7 @@ NO_NOUNS = (  # noqa: SIM905
 def nouns(title: str) -> list[str]:
     """The nouns of a title. The original asks a tagger model; this stand-in takes every word that is no stop word.
 
-    Set `webshop.nouns` to another function of this form to use a tagger.
+    Set `webshop.nouns` to another function of this form, before a shop is opened, to use a tagger.
     """
     words = [word.lower() for word in re.findall(r"[^\W\d_][^\W_]*", title)]
     return [word for word in words if len(word) >= 2 and word not in NO_NOUNS]
@@ -396,27 +391,23 @@ def token_set_ratio(a: str, b: str) -> int:
 
     token_set_ratio("blue shirt", "a shirt, light blue") == 100
     """
-    (tokens_a, ordered_a, _), (tokens_b, ordered_b, _) = token_set(a), token_set(b)
+    (tokens_a, *_), (tokens_b, *_) = token_set(a), token_set(b)
     if not tokens_a or not tokens_b:
         return 0
-    if tokens_a <= tokens_b or tokens_b <= tokens_a:
-        return 100
-    pairs = [(ordered_a, ordered_b)]
-    if shared := tokens_a & tokens_b:
-        common = " ".join(sorted(shared))
-        longer = [" ".join([common, *sorted(tokens - shared)]) for tokens in (tokens_a, tokens_b)]
-        pairs = [(common, longer[0]), (common, longer[1]), (longer[0], longer[1])]
-    return max(round(100 * SequenceMatcher(None, *pair).ratio()) for pair in pairs)
+    shared = tokens_a & tokens_b
+    texts = [" ".join(sorted(shared) + sorted(rest)) for rest in ((), tokens_a - shared, tokens_b - shared)]
+    return max(round(100 * SequenceMatcher(None, x, y).ratio()) for x, y in itertools.combinations(texts, 2))
 
 
 @lru_cache(maxsize=1 << 17)
 def is_close(a: str, b: str) -> bool:
-    """Whether token_set_ratio is above 85; if no word is common, the number of common letters may tell at once."""
+    """Whether token_set_ratio is above 85, which the sets of words, or too few common letters, may tell at once."""
     (tokens_a, ordered_a, letters_a), (tokens_b, ordered_b, letters_b) = token_set(a), token_set(b)
-    least = 0.85 * (len(ordered_a) + len(ordered_b)) / 2
-    if min(len(ordered_a), len(ordered_b)) < least or (letters_a & letters_b).total() < least:
-        return not tokens_a.isdisjoint(tokens_b) and token_set_ratio(a, b) > 85
-    return token_set_ratio(a, b) > 85
+    if tokens_a.isdisjoint(tokens_b):
+        least = 0.85 * (len(ordered_a) + len(ordered_b)) / 2
+        if min(len(ordered_a), len(ordered_b)) < least or (letters_a & letters_b).total() < least:
+            return False
+    return bool(tokens_a) and (tokens_a <= tokens_b or tokens_b <= tokens_a or token_set_ratio(a, b) > 85)
 
 
 @lru_cache(maxsize=1 << 17)
@@ -429,11 +420,10 @@ def plain_option(option: str | tuple[str, str]) -> str:
     return next((color for color in COLORS if color in option), str(option))
 
 
+@lru_cache(maxsize=1 << 16)
 def type_score(product: Product, goal: Product) -> dict[str, Any]:
     """Whether two products are of the same kind, by query, category path and the nouns of their titles."""
-    query_match = product.query == goal.query
-    paths = [{part.strip() for part in p.product_category.split("›")} for p in (product, goal)]
-    category_match = len(paths[0] & paths[1]) >= 2
+    query_match, category_match = product.query == goal.query, len(product.path & goal.path) >= 2
     wanted = nouns(goal.title)
     title_score = len(set(nouns(product.title)) & set(wanted)) / len(wanted) if wanted else 0.2
     r_type = 1.0 if query_match or category_match or title_score > 0.2 else 0.5
@@ -441,27 +431,26 @@ def type_score(product: Product, goal: Product) -> dict[str, Any]:
     return dict(r_type=r_type, query_match=query_match, category_match=category_match, title_score=title_score)
 
 
-@lru_cache(maxsize=1 << 12)
+@lru_cache(maxsize=1 << 16)
 def count_attributes(product: Product, attributes: tuple[str, ...]) -> int:
     """How many of the attributes the product has, by its attributes or in its texts."""
     texts = [product.title.lower(), " ".join(product.bullets).lower(), product.description.lower()]
-    own = product.attributes
-    return sum(any(a in text for text in texts) or any(is_close(o, a) for o in own) for a in attributes)
+    return sum(any(a in t for t in texts) or any(is_close(own, a) for own in product.attributes) for a in attributes)
 
 
 def score(product: Product, goal: Goal, price: float, options: dict[str, str]) -> dict[str, Any]:
     """The reward of buying a product with these options, and all its parts; 1.0 wins."""
     num_attributes, num_options = len(goal.attributes), len(goal.options)
-    attributes = count_attributes(product, goal.attributes)
+    has = count_attributes(product, goal.attributes)
     chosen = [plain_option(value) for value in options.values()]
     matched = sum(any(is_close(value, option) for value in chosen) for option in goal.wanted)
     r_price, total = price <= goal.price_upper, num_attributes + num_options + 1
-    parts = type_score(product, goal.product)
-    parts |= dict(num_attr_matches=attributes, num_option_matches=matched, r_price=r_price, w_price=1 / total)
-    parts |= dict(r_att=attributes / max(num_attributes, 1), w_att=num_attributes / total)
+    parts = dict(num_attr_matches=has, num_option_matches=matched, r_price=r_price, w_price=1 / total)
+    parts |= dict(r_att=has / max(num_attributes, 1), w_att=num_attributes / total)
     if num_options:
         parts |= dict(r_option=matched / num_options, w_option=num_options / total)
-    return parts | dict(reward=parts["r_type"] * (attributes + matched + r_price) / total)
+    parts |= type_score(product, goal.product)
+    return parts | dict(reward=parts["r_type"] * (has + matched + r_price) / total)
 
 
 # ------------------------------------------------------------------------------------------- the shop
@@ -483,10 +472,8 @@ class Shop:
         self.ranked = sorted(products, key=lambda product: product.asin)
         self.index = Index(product.document for product in self.ranked)
         self.search = lru_cache(maxsize=1024)(self.find)
-        self.held: dict[str, set[int]] = {}  # option -> numbers of the products that have it; see `holders`
-        self.by_value: dict[str, set[int]] = {}  # the same for every plain value of the catalogue
-        for i, value in ((i, value) for i, product in enumerate(products) for value in product.choices):
-            self.by_value.setdefault(plain_option(value), set()).add(i)
+        values = {plain_option(value) for product in products for value in product.choices}
+        self.is_offered = lru_cache(maxsize=None)(lambda option: any(is_close(value, option) for value in values))
 
     def find(self, query: str) -> list[Product]:
         """The products that a search lists. `<c> category` and `<q> phrase` list all of a kind, in catalogue order."""
@@ -509,42 +496,28 @@ class Shop:
 
     def way_to_win(self, goal: Goal) -> tuple[Product, list[str]] | None:
         """What to buy for the full reward: the asked product as asked if that wins, else whatever does."""
-        target, wanted = goal.product, goal.wanted
-        for product, among in itertools.chain([(target, goal.values), (target, None)], self.others(target, wanted)):
-            if (
-                self.prices[product.asin] <= goal.price_upper
-                and type_score(product, target)["r_type"] == 1
-                and count_attributes(product, goal.attributes) == len(goal.attributes)
-                and (values := covering_values(product, wanted, among)) is not None
-            ):
-                return product, values
-        return None
+        way = self.way_with(goal.product, goal, goal.values) or self.way_with(goal.product, goal, None)
+        if way is None and all(map(self.is_offered, goal.wanted)):
+            way = next(filter(None, (self.way_with(product, goal, None) for product in self.products)), None)
+        return way
 
-    def others(self, target: Product, wanted: Sequence[str]) -> Iterator[tuple[Product, None]]:
-        """The products with a value for each wanted option that the target has none for (for each if it has all)."""
-        rare = [option for option in wanted if not any(is_close(plain_option(v), option) for v in target.choices)]
-        held = [self.holders(option) for option in rare or wanted]
-        yield from ((self.products[i], None) for i in (set.intersection(*held) if held else range(len(self.products))))
-
-    def holders(self, option: str) -> set[int]:
-        """The products that have a value close to a plain option."""
-        if option not in self.held:
-            self.held[option] = set().union(*(held for v, held in self.by_value.items() if is_close(v, option)))
-        return self.held[option]
-
-
-def covering_values(product: Product, wanted: Sequence[str], among: Sequence[str] | None) -> list[str] | None:
-    """Values (`among` these), at most one per name, that together match all `wanted` options; None if none do."""
-    ways: dict[int, list[str]] = {0: []}  # set of options matched, as bits -> values that do it
-    for name in product.options:
-        longer = dict(ways)
-        for value in product.choices:
-            if product.choices[value] == name and (among is None or value in among):
-                matched = sum(1 << i for i, option in enumerate(wanted) if is_close(plain_option(value), option))
-                for bits, values in ways.items():
-                    longer.setdefault(bits | matched, [*values, value])
-        ways = longer
-    return ways.get((1 << len(wanted)) - 1)
+    def way_with(self, product: Product, goal: Goal, among: list[str] | None) -> tuple[Product, list[str]] | None:
+        """The product and the values to choose (`among` these), at most one per name, that win; None if none do."""
+        if self.prices[product.asin] > goal.price_upper or type_score(product, goal.product)["r_type"] < 1:
+            return None
+        if count_attributes(product, goal.attributes) < len(goal.attributes):
+            return None
+        wanted, ways = goal.wanted, {0: []}  # set of options matched, as bits -> values that do it
+        for name in product.options:
+            longer = dict(ways)
+            for value in product.choices:
+                if product.choices[value] == name and (among is None or value in among):
+                    matched = sum(1 << i for i, option in enumerate(wanted) if is_close(plain_option(value), option))
+                    for bits, values in ways.items():
+                        longer.setdefault(bits | matched, [*values, value])
+            ways = longer
+        values = ways.get((1 << len(wanted)) - 1)
+        return None if values is None else (product, values)
 
 
 @lru_cache(maxsize=4)
@@ -567,9 +540,8 @@ def open_shop(data: str | None, num_products: int | None, human_goals: bool, see
 def split_goals(shop: Shop, original: bool) -> tuple[Sequence[int], Sequence[int]]:
     """Numbers of the validation and the training goals: the first 500, but at most a fifth, and the rest."""
     numbers = [i for i in range(len(shop.goals)) if original or shop.ways[i] is not None]
-    if len(numbers) < 2:
-        raise ValueError(f"{len(numbers)} of this catalogue's {len(shop.goals)} goals can be won; two are needed")
-    num = min(MOST_VALIDATION_GOALS, max(len(numbers) // 5, 1))
+    check(len(numbers) > 1, "webshop", f"{len(numbers)} of this catalogue's {len(shop.goals)} goals can be won")
+    num = min(500, max(len(numbers) // 5, 1))
     return numbers[:num], numbers[num:]
 
 
@@ -577,7 +549,7 @@ GENERATED_PRODUCTS = 300
 KINDS = {  # category: queries; attributes; options. A product has one query and some of the others
     "fashion": "shirts jackets socks boots; machine wash, slim fit, long lasting, quick dry, soft lining; color size",
     "garden": "lamps rugs stools shelves; easy assembly, solid wood, heavy duty, water proof, non slip; color style",
-    "electronics": "cables speakers chargers; fast charging, hands free, high speed, dust proof, low noise; color style",
+    "electronics": "cables speakers chargers; fast charging, hands free, high speed, dust proof; color style",
     "beauty": "soaps creams brushes; sensitive skin, natural oils, travel size, long lasting, paraben free; scent pack",
     "grocery": "teas snacks cereals; gluten free, low sugar, plant based, whole grain, fair trade; flavor pack",
 }
@@ -607,27 +579,25 @@ def generate_catalogue(num_products: int, seed: int) -> tuple[list[dict[str, Any
             if name == "color" and rng.random() < 0.1:
                 values[0] += str(rng.randrange(10, 100))
             options[name] = [{"value": value} for value in values]
-        low, spread = rng.randrange(6, 90), rng.randrange(1, 12)
+        low, spread, asked = rng.randrange(6, 90), rng.randrange(1, 12), sorted(rng.sample(has, 2))
         record = dict(asin=asin, name=f"{rng.choice(BRANDS)} {has[0]} {query}", query=query, category=category)
         record |= dict(full_description=f"These {query} stand for {has[1]}.", customization_options=options)
         record |= dict(small_description=[f"Made for {has[2]}.", f"Sold by the maker of {query}."], images=["none"])
         record |= dict(pricing=f"${low}.00 to ${low + spread}.00" if rng.random() < 0.2 else f"${low}.00")
         records.append(record | dict(product_category=f"Generated › {category} › {query}"))
-        asked = sorted(rng.sample(has, 2))
-        notes[asin] = dict(attributes=has, instruction_attributes=asked)
-        notes[asin]["instruction"] = f"Find me {', '.join(asked)} {query}"
+        instruction = f"Find me {', '.join(asked)} {query}"
+        notes[asin] = dict(attributes=has, instruction=instruction, instruction_attributes=asked)
     return records, notes
 
 
 # -------------------------------------------------------------------------------------------- one visit
 
 DONE_PAGE = (
-    "Thank you for shopping with us! [SEP] Your code: [SEP] None [SEP] (Paste it in your MTurk interface.) [SEP] "
-    "Purchased [SEP] asin [SEP] {asin} [SEP] options [SEP] {options} [SEP] attrs [SEP] None [SEP] category [SEP] None "
-    "[SEP] query [SEP] None [SEP] product category [SEP] None [SEP] Target [SEP] asin [SEP] options [SEP] attrs [SEP] "
-    "price upper [SEP] instuction text [SEP] category [SEP] product category [SEP] query [SEP] Goal [SEP] None [SEP] "
-    "Reward [SEP] Your score (min 0.0, max 1.0) [SEP] {reward} [SEP] Reward Details [SEP] None"
-)
+    "Thank you for shopping with us!|Your code:|None|(Paste it in your MTurk interface.)|Purchased|asin|{asin}|options|"
+    "{options}|attrs|None|category|None|query|None|product category|None|Target|asin|options|attrs|price upper|"
+    "instuction text|category|product category|query|Goal|None|Reward|Your score (min 0.0, max 1.0)|{reward}|"
+    "Reward Details|None"
+).replace("|", " [SEP] ")
 
 
 class Session:
@@ -721,9 +691,8 @@ class Session:
     def short_text(self) -> str:
         """The page and the whole state of the visit in few words, without buttons, for the tiny policy."""
         lines, chosen = [self.goal.text], " ".join(f"[{value}]" for value in self.options.values())
-        listed = [
-            f"[{p.asin.lower()}] {' '.join(p.title.split()[:12])} {p.tag}" for p in [self.product] + self.listed if p
-        ]
+        products = [self.product] * bool(self.product) + self.listed
+        listed = [f"[{p.asin.lower()}] {' '.join(p.title.split()[:12])} {p.tag}" for p in products]
         if self.page == "search":
             lines += ["search page"]
         elif self.page == "results":
@@ -778,12 +747,11 @@ class WebShop(Env):
 
     def reset(self, seed: int) -> tuple[str, dict[str, Any]]:
         if not (self.original and seed == self.seed):  # the original restarts with the goal that it happens to have
-            part = self.validation if seed >= VALIDATION_SEED else self.training
-            number = seed - VALIDATION_SEED if seed >= VALIDATION_SEED else derive_seed("webshop", seed)
-            number = part[number % len(part)]
+            held_out = seed >= VALIDATION_SEED
+            part, number = (self.validation, seed) if held_out else (self.training, derive_seed("webshop", seed))
+            number = part[(number - VALIDATION_SEED * held_out) % len(part)]
             self.goal, self.way = self.shop.goals[number], None if self.original else self.shop.ways[number]
-            self.task = self.goal.text.strip()
-        self.seed = seed
+            self.task, self.seed = self.goal.text.strip(), seed
         return self.start()
 
     def start(self) -> tuple[str, dict[str, Any]]:
