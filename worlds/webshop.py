@@ -147,7 +147,7 @@ def read_product(record: dict[str, Any], attributes: list[str], place: str) -> P
 
 
 def read_catalogue(
-    records: Sequence[Any], notes: dict[str, Any], human: dict[str, Any] | None, files: Sequence[str]
+    records: Sequence[Any], notes: dict[str, Any], human: dict[str, Any] | None, files: Sequence[Path]
 ) -> tuple[list[Product], list[Instruction]]:
     """The products and the instructions, from the contents of items_shuffle, items_ins_v2 and items_human_ins.
 
@@ -494,6 +494,10 @@ class Shop:
         """For each goal, a product and the option values that win it; None where nothing does."""
         return [self.way_to_win(goal) for goal in self.goals]
 
+    @cached_property
+    def winnable(self) -> list[int]:
+        return [number for number, way in enumerate(self.ways) if way is not None]
+
     def way_to_win(self, goal: Goal) -> tuple[Product, list[str]] | None:
         """What to buy for the full reward: the asked product as asked if that wins, else whatever does."""
         way = self.way_with(goal.product, goal, goal.values) or self.way_with(goal.product, goal, None)
@@ -524,32 +528,20 @@ class Shop:
 def open_shop(data: str | None, num_products: int | None, human_goals: bool, seed: int) -> Shop:
     """The shop over the files in folder `data`, or over a generated catalogue."""
     if data is None:
-        records, notes = generate_catalogue(num_products or GENERATED_PRODUCTS, seed)
-        return Shop(*read_catalogue(records, notes, None, ("generated", "generated")), seed)
+        records, notes = generate_catalogue(num_products or 300, seed)
+        return Shop(*read_catalogue(records, notes, None, [Path("generated")] * 3), seed)
     folder = Path(data)
     check(folder.is_dir(), f"--data {data}", "there is no such folder")
-    is_small = any(folder.glob("items_*_1000.json"))  # a folder may hold both sets; LaMer plays the small one
-    names = [f"items_{name}{'_1000' if is_small else ''}.json" for name in ("shuffle", "ins_v2")]
-    paths = [folder / name for name in (*names, "items_human_ins.json")]
+    small = "_1000" * any(folder.glob("items_*_1000.json"))  # a folder may hold both sets; LaMer plays the small one
+    paths = [folder / f"items_{name}.json" for name in (f"shuffle{small}", f"ins_v2{small}", "human_ins")]
     records, notes = read_json(paths[0], list)[:num_products], read_json(paths[1], dict)
-    human = read_json(paths[2], dict) if human_goals else None
-    return Shop(*read_catalogue(records, notes, human, [str(path) for path in paths]), seed)
+    return Shop(*read_catalogue(records, notes, read_json(paths[2], dict) if human_goals else None, paths), seed)
 
 
-@lru_cache(maxsize=8)
-def split_goals(shop: Shop, original: bool) -> tuple[Sequence[int], Sequence[int]]:
-    """Numbers of the validation and the training goals: the first 500, but at most a fifth, and the rest."""
-    numbers = [i for i in range(len(shop.goals)) if original or shop.ways[i] is not None]
-    check(len(numbers) > 1, "webshop", f"{len(numbers)} of this catalogue's {len(shop.goals)} goals can be won")
-    num = min(500, max(len(numbers) // 5, 1))
-    return numbers[:num], numbers[num:]
-
-
-GENERATED_PRODUCTS = 300
 KINDS = {  # category: queries; attributes; options. A product has one query and some of the others
     "fashion": "shirts jackets socks boots; machine wash, slim fit, long lasting, quick dry, soft lining; color size",
     "garden": "lamps rugs stools shelves; easy assembly, solid wood, heavy duty, water proof, non slip; color style",
-    "electronics": "cables speakers chargers; fast charging, hands free, high speed, dust proof; color style",
+    "electronics": "cables speakers chargers; fast charging, hands free, high speed, dust proof, long cord; color style",
     "beauty": "soaps creams brushes; sensitive skin, natural oils, travel size, long lasting, paraben free; scent pack",
     "grocery": "teas snacks cereals; gluten free, low sugar, plant based, whole grain, fair trade; flavor pack",
 }
@@ -680,8 +672,7 @@ class Session:
             segments += [text for p in self.listed for text in (p.asin, p.title, p.tag)]
         elif self.page == "item":
             segments += ["< Prev", *(text for name, values in product.options.items() for text in (name, *values))]
-            segments += [product.title, f"Price: {product.tag}", "Rating: N.A."]
-            segments += ["Description", "Features", "Reviews", "Buy Now"]
+            segments += [product.title, f"Price: {product.tag}", "Rating: N.A.", *map(str.title, BUTTONS[2:])]
         else:
             bullets = [f" {bullet}" for bullet in product.bullets]
             segments += ["< Prev", *dict(description=[product.description], features=bullets, reviews=[])[self.page]]
@@ -739,7 +730,10 @@ class WebShop(Env):
         self.shop = open_shop(data, products, human_goals, shop_seed)
         self.turn_limit, self.original, self.seed = turns, original, None
         self.compact = self.is_markov = data is None if compact is None else compact
-        self.validation, self.training = split_goals(self.shop, original)
+        numbers = range(len(self.shop.goals)) if original else self.shop.winnable
+        check(len(numbers) > 1, "webshop", f"{len(numbers)} of the {len(self.shop.goals)} goals can be won")
+        num = min(500, max(len(numbers) // 5, 1))
+        self.validation, self.training = numbers[:num], numbers[num:]
         self.rng = random.Random()
         self.rng.setstate(self.shop.rng.getstate())
         if original:  # the original's constructor makes a visit of its own
@@ -797,9 +791,9 @@ class WebShop(Env):
         return (
             "You are shopping in WebShop, an online shop of text pages. The task says what to buy: a kind of product, "
             "properties it must have, often options such as a colour or a size, and often a highest price.\n"
-            "`search[words]` lists products; `click[text]` presses a button, opens the product of that number, or "
-            "chooses an option. Choose every option the task names before `click[buy now]`: pages do not show what is "
-            "chosen, and leaving the product loses it. Any other action does nothing but costs a turn.\n"
+            "`search[words]` lists products; `click[text]` presses a button, opens a product, or chooses an option. "
+            "Choose every option the task names before `click[buy now]`: pages do not show what is chosen, and leaving "
+            "the product loses it. Any other action does nothing but costs a turn.\n"
             f"You have {self.turn_limit} turns. Buying ends the episode; the task is solved only if product, options "
             "and price are all right. Shop and task are the same in every episode."
         )
@@ -810,9 +804,8 @@ class WebShop(Env):
 
     def actions(self) -> list[str]:
         clicks = [f"click[{text}]" for text in self.visit.clickables]
-        if self.visit.page != "search":
-            return clicks
-        return ["search[<your query>]", *clicks * self.original]
+        is_search = self.visit.page == "search"
+        return ["search[<your query>]"] * is_search + clicks * (self.original or not is_search)
 
     def anchor(self) -> str | None:
         return None if self.original else f"{self.text()} {self.visit.options}"  # full pages do not show the options
@@ -833,8 +826,6 @@ class WebShop(Env):
             return f"click[{left[0]}]" if left else "click[buy now]"
         if visit.page == "results" and product in visit.listed:
             return f"click[{product.asin.lower()}]"
-        if visit.page == "results" and product in visit.results[visit.number * visit.page_size :]:
-            return "click[next >]"
         return "click[< prev]" if visit.page in SUB_PAGES else "click[back to search]"
 
     def novice(self, rng: random.Random, memory: Sequence[str]) -> str:
@@ -851,8 +842,8 @@ class WebShop(Env):
             words = [attribute for attribute in goal.attributes if rng.random() < 0.9] + [goal.product.query]
             return f"search[{' '.join(words + goal.values * (rng.random() < 0.8))}]"
         if visit.page == "results":
-            found = [product.asin.lower() for product in visit.listed]
-            found = [a for a in found if a in advised] or [a for a in found if a not in avoided]
+            found = [asin for p in visit.listed if (asin := p.asin.lower()) not in avoided]
+            found = [asin for asin in found if asin in advised] or found
             return f"click[{rng.choice(found)}]" if found else "click[next >]"
         if visit.page != "item" or visit.product.asin.lower() in avoided:
             return "click[< prev]"
@@ -868,8 +859,8 @@ class WebShop(Env):
         visit, note = self.visit, "nothing"
         listed = [product.asin.lower() for product in visit.listed]
         if visit.product is not None:
-            asin, choices = visit.product.asin.lower(), visit.product.choices
-            missed = [f"[{v}]" for v in self.goal.values if v in choices and v not in visit.options.values()]
+            asin, chosen = visit.product.asin.lower(), visit.options.values()
+            missed = [f"[{v}]" for v in self.goal.values if v in visit.product.choices and v not in chosen]
             note = f"try [{asin}]" + f" with {' '.join(missed)}" * bool(missed)
             if visit.page == "done" and not missed:
                 note = f"not [{asin}], try [{(listed * 2)[listed.index(asin) + 1]}]"
