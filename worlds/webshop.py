@@ -149,9 +149,9 @@ def read_product(record: dict[str, Any], attributes: list[str], place: str) -> P
 def read_catalogue(
     records: Sequence[Any], notes: dict[str, Any], human: dict[str, Any] | None, files: Sequence[Path]
 ) -> tuple[list[Product], list[Instruction]]:
-    """The products and the instructions, from the contents of items_shuffle, items_ins_v2 and items_human_ins.
+    """The products and the instructions, from the contents of the three `files`.
 
-    Without `human` the instructions are those in `notes`, where every product must then be. `files` are their names.
+    Without `human` the instructions are those in `notes`, where every product must then be.
     """
     products, instructions, seen = [], [], set()
     for i, record in enumerate(records):
@@ -168,8 +168,9 @@ def read_catalogue(
         attributes = note.get("attributes", ["DUMMY_ATTR"])
         check(is_texts(attributes), place, "attributes is no list of texts")
         products.append(read_product(record, attributes, source))
-        place = place if human is None else f"{files[2]}: {asin}"
-        entries = [note] * (note.get("instruction") is not None) if human is None else human.get(asin, [])
+        entries = [note] * (note.get("instruction") is not None)
+        if human is not None:
+            place, entries = f"{files[2]}: {asin}", human.get(asin, [])
         check(isinstance(entries, list) and all(isinstance(e, dict) for e in entries), place, "is no list of objects")
         for entry in entries:
             text, asked, values = (entry.get(f"instruction{end}") for end in ("", "_attributes", "_options"))
@@ -209,7 +210,7 @@ def make_goals(instructions: Iterable[Instruction], prices: dict[str, float], rn
 
 # --------------------------------------------------------------------------------------------- search
 
-K1, B, MOST_RESULTS = 0.9, 0.4, 50
+K1, B, MOST_RESULTS = np.float32(0.9), np.float32(0.4), 50
 STOP_WORDS = (  # noqa: SIM905
     "a an and are as at be but by for if in into is it no not of on or such that the their then there these they "
     "this to was will with"
@@ -328,9 +329,8 @@ class Index:
         above = np.maximum(np.array(lengths, dtype=np.int64) - 24, 0)
         shift = np.maximum(np.frexp(above)[1] - 4, 0)
         length = (np.minimum(lengths, 24) + (above >> shift << shift)).astype(np.float32)
-        one, k1, b = np.float32(1), np.float32(K1), np.float32(B)
-        inverse = one / (k1 * ((one - b) + b * length / np.float32(total / num if total else 1)))
-        self.saturation = one + counts.astype(np.float32) * inverse[self.texts]
+        inverse = 1 / (K1 * ((1 - B) + B * length / np.float32(total / num if total else 1)))
+        self.saturation = 1 + counts.astype(np.float32) * inverse[self.texts]
         self.num_texts = num
 
     def search(self, query: str, limit: int = MOST_RESULTS) -> tuple[np.ndarray, np.ndarray]:
@@ -484,11 +484,6 @@ class Shop:
             return [p for p in self.products if p.query == rest.strip()]
         return [self.ranked[i] for i in self.index.search(query)[0]]
 
-    def draw_goal(self, rng: random.Random) -> Goal:
-        """The original's weighted draw: one too high, so the first goal never comes and the last has double mass."""
-        mass = list(itertools.accumulate((goal.weight for goal in self.goals), initial=0))
-        return self.goals[min(bisect_right(mass, rng.uniform(0, mass[-1])), len(self.goals) - 1)]
-
     @cached_property
     def ways(self) -> list[tuple[Product, list[str]] | None]:
         """For each goal, a product and the option values that win it; None where nothing does."""
@@ -541,7 +536,7 @@ def open_shop(data: str | None, num_products: int | None, human_goals: bool, see
 KINDS = {  # category: queries; attributes; options. A product has one query and some of the others
     "fashion": "shirts jackets socks boots; machine wash, slim fit, long lasting, quick dry, soft lining; color size",
     "garden": "lamps rugs stools shelves; easy assembly, solid wood, heavy duty, water proof, non slip; color style",
-    "electronics": "cables speakers chargers; fast charging, hands free, high speed, dust proof, long cord; color style",
+    "electronics": "cables speakers chargers; fast charging, hands free, high speed, dust proof, low heat; color style",
     "beauty": "soaps creams brushes; sensitive skin, natural oils, travel size, long lasting, paraben free; scent pack",
     "grocery": "teas snacks cereals; gluten free, low sugar, plant based, whole grain, fair trade; flavor pack",
 }
@@ -577,8 +572,9 @@ def generate_catalogue(num_products: int, seed: int) -> tuple[list[dict[str, Any
         record |= dict(small_description=[f"Made for {has[2]}.", f"Sold by the maker of {query}."], images=["none"])
         record |= dict(pricing=f"${low}.00 to ${low + spread}.00" if rng.random() < 0.2 else f"${low}.00")
         records.append(record | dict(product_category=f"Generated › {category} › {query}"))
-        instruction = f"Find me {', '.join(asked)} {query}"
-        notes[asin] = dict(attributes=has, instruction=instruction, instruction_attributes=asked)
+        notes[asin] = dict(
+            attributes=has, instruction_attributes=asked, instruction=f"Find me {', '.join(asked)} {query}"
+        )
     return records, notes
 
 
@@ -605,8 +601,7 @@ class Session:
 
     def go_home(self) -> None:
         self.page, self.number, self.product, self.words = "search", 0, None, None
-        self.results: list[Product] = []
-        self.options: dict[str, str] = {}
+        self.results, self.options = [], {}
 
     def open_results(self, number: int) -> None:
         self.page, self.number, self.product, self.options = "results", number, None, {}
@@ -625,8 +620,8 @@ class Session:
     def clickables(self) -> list[str]:
         """What can be clicked, in the order of the page."""
         if self.page == "results":
-            back = ["< prev"] * (self.number > 1)
-            return ["back to search", *back, "next >", *(product.asin.lower() for product in self.listed)]
+            pages = ["< prev", "next >"][self.number == 1 :]
+            return ["back to search", *pages, *(product.asin.lower() for product in self.listed)]
         if self.page == "item":
             return [*BUTTONS, *self.product.choices]
         return {"search": ["search"], "done": []}.get(self.page, ["back to search", "< prev"])
@@ -642,12 +637,10 @@ class Session:
             return
         elif text == "back to search":
             self.go_home()
-        elif text == "next >":
-            self.open_results(self.number + 1)
         elif text == "< prev" and self.page in SUB_PAGES:
             self.page = "item"
-        elif text == "< prev":
-            self.open_results(self.number - (self.page == "results"))
+        elif text in ("< prev", "next >"):  # from a product, "< prev" goes back to the same results
+            self.open_results(self.number + (text == "next >") - (text == "< prev" and self.page == "results"))
         elif self.page == "results":
             self.page, self.product = "item", next(p for p in self.listed if p.asin.lower() == text)
         elif text in SUB_PAGES:
@@ -667,8 +660,8 @@ class Session:
         if self.page == "search":
             segments = ["WebShop", *segments[:2], "Search"]
         elif self.page == "results":
-            segments += [f"Page {self.number} (Total results: {len(self.results)})"]
-            segments += [*["< Prev"] * (self.number > 1), "Next >"]
+            pages = ["< Prev", "Next >"][self.number == 1 :]
+            segments += [f"Page {self.number} (Total results: {len(self.results)})", *pages]
             segments += [text for p in self.listed for text in (p.asin, p.title, p.tag)]
         elif self.page == "item":
             segments += ["< Prev", *(text for name, values in product.options.items() for text in (name, *values))]
@@ -755,9 +748,11 @@ class WebShop(Env):
         return (self.text() if self.compact else f"{self.task}\n{self.text()}"), {"won": False, "task_score": 0.0}
 
     def draw_visit(self) -> None:
-        """The original's draw of another visit, with another goal, at the beginning and after every purchase."""
+        """The original's draw of another visit with another goal, at the beginning and after every purchase."""
         self.visit_name = "".join(self.rng.choices(string.ascii_lowercase, k=10))
-        self.goal = self.shop.draw_goal(self.rng)
+        goals = self.shop.goals  # the index is one too high: the first goal never comes, the last has double mass
+        mass = list(itertools.accumulate((goal.weight for goal in goals), initial=0))
+        self.goal = goals[min(bisect_right(mass, self.rng.uniform(0, mass[-1])), len(goals) - 1)]
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         if self.done and not self.original:
@@ -782,8 +777,8 @@ class WebShop(Env):
     def shorten(self, observation: str, num_segments: int = 15) -> str:
         """How LaMer's histories show an observation that is not their last."""
         segments = observation.split(" [SEP] ")
-        rest = len(segments) - num_segments
-        return " [SEP] ".join(segments[:num_segments]) + f" ... ({rest} more)" * (rest > 0)
+        more = f" ... ({len(segments) - num_segments} more)" * (len(segments) > num_segments)
+        return " [SEP] ".join(segments[:num_segments]) + more
 
     def rules(self, style: str = "full") -> str:
         if style == "compact":
