@@ -438,7 +438,7 @@ def test_the_scripted_player_wins_every_winnable_generated_goal(shop_seed):
 
 def test_unwinnable_generated_goals_cannot_be_won_by_any_purchase():
     """Brute force: every product that may win but for its options, with every choice of options."""
-    shop = WebShop(products=60, shop_seed=3).shop
+    shop = WebShop(products=60, shop_seed=1).shop
     lost = [goal for goal, way in zip(shop.goals, shop.ways, strict=True) if way is None]
     assert lost
     for goal in lost:

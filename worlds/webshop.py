@@ -4,11 +4,10 @@
     python train.py --env webshop --data DIR                   items_shuffle_1000.json and items_ins_v2_1000.json in DIR
     python train.py --env webshop --data DIR --human_goals     the instructions people wrote, items_human_ins.json
 
-From bottom to top: products and goals, search, reward, the shop, a `Session` (one visit: its pages, actions and
-purchase), and `WebShop`, LaMer's episode around a visit. Pages, rewards, ranking and goals follow the original to the
-letter (facts/webshop.md). `WebShop` differs where the original defeats its purpose: one shuffle, with validation goals
-held out; the same goal in every episode of a trial, also after a wrong purchase; no goals that cannot be won; no
-`click[search]`, which does nothing. `original=True` restores the last three.
+A `Session`, one visit to a `Shop`, follows the original to the letter (facts/webshop.md), and so do prices, goals,
+ranking and reward. `WebShop` is LaMer's episode around it. It differs where the original defeats its purpose:
+validation goals are held out; every episode of a trial has the same goal, also after a wrong purchase; goals that
+cannot be won are left out, and so is `click[search]`, which does nothing. `original=True` restores the last three.
 """
 
 import itertools
@@ -34,7 +33,6 @@ from envs import Env, between, derive_seed
 
 BUTTONS = ("back to search", "< prev", "description", "features", "reviews", "buy now")  # of an item page, in order
 SUB_PAGES = ("description", "features", "reviews")
-VALIDATION_SEED = 2**31  # the project evaluates with seeds from here on
 
 
 @dataclass(slots=True, eq=False)
@@ -90,8 +88,7 @@ class Goal:
         return [plain_option(o) for o in (self.options.items() if isinstance(self.options, dict) else self.options)]
 
 
-# What goals are made of: product, instruction, attributes, and the option values asked for, or None for all of them.
-Instruction = tuple[Product, str, tuple[str, ...], list[str] | None]
+Instruction = tuple[Product, str, tuple[str, ...], list[str] | None]  # attributes, and option values or None for all
 
 
 def check(is_good: bool, place: str, problem: str) -> None:
@@ -149,10 +146,7 @@ def read_product(record: dict[str, Any], attributes: list[str], place: str) -> P
 def read_catalogue(
     records: Sequence[Any], notes: dict[str, Any], human: dict[str, Any] | None, files: Sequence[Path]
 ) -> tuple[list[Product], list[Instruction]]:
-    """The products and the instructions, from the contents of the three `files`.
-
-    Without `human` the instructions are those in `notes`, where every product must then be.
-    """
+    """The products and the instructions, those of `notes`, where every product must then be, or those of `human`."""
     products, instructions, seen = [], [], set()
     for i, record in enumerate(records):
         place = f"{files[0]}: product {i}"
@@ -174,8 +168,9 @@ def read_catalogue(
         check(isinstance(entries, list) and all(isinstance(e, dict) for e in entries), place, "is no list of objects")
         for entry in entries:
             text, asked, values = (entry.get(f"instruction{end}") for end in ("", "_attributes", "_options"))
-            check(isinstance(text, str), place, "instruction is missing or no text")
-            check(is_texts(asked), place, "instruction_attributes is no list of texts")
+            check(
+                isinstance(text, str) and is_texts(asked), place, "instruction or instruction_attributes is malformed"
+            )
             check(human is None or not asked or is_texts(values), place, "instruction_options is no list of texts")
             if human is None:
                 instructions.append((products[-1], text, tuple(asked), None))
@@ -218,8 +213,7 @@ STOP_WORDS = (  # noqa: SIM905
 BEYOND_ASCII = [(chr(i), unicodedata.category(chr(i))) for i in range(0x80, 0x10000)]
 MARKS = "".join(c for c, kind in BEYOND_ASCII if kind[0] == "M" or (kind == "Cf" and c != "\u200b"))
 MARKS += "\uff9e\uff9f"  # with the marks, these two Katakana signs belong to the character before them
-# Signs like ½ separate words, though Python's \w has them.
-NUMERALS = "".join(c for c, kind in BEYOND_ASCII if kind == "No")
+NUMERALS = "".join(c for c, kind in BEYOND_ASCII if kind == "No")  # signs like ½ separate words, though in \w
 SINGLE = "\u3005\u3007\u3021-\u3029\u3038-\u303b\u3041-\u3096\u309d-\u309f"  # every Hiragana or Han sign is a word
 SINGLE += "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 KATAKANA = "\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff\uff66-\uff9d"
@@ -259,8 +253,8 @@ SUFFIXES = [  # of three steps: suffix>what replaces it
     "icate>ic ative> alize>al iciti>ic ical>ic ful> ness>",
     "al> ance> ence> er> ic> able> ible> ant> ement> ment> ent> sion>s tion>t ou> ism> ate> iti> ous> ive> ize>",
 ]
+SUFFIX_STEPS = [[pair.split(">") for pair in step.split()] for step in SUFFIXES]
 SHORT = re.compile("c+vc[^wxy]")  # the letter kinds of a short word, and its last letter
-SUFFIX_STEPS = [[tuple(pair.split(">")) for pair in step.split()] for step in SUFFIXES]
 
 
 def letter_kinds(word: str) -> str:
@@ -306,10 +300,7 @@ def stem(word: str) -> str:
 
 
 class Index:
-    """BM25 over texts, as Lucene 8 scores them. A posting is one element of two arrays.
-
-    Texts are numbered in the order of their ids, so that equal scores rank by ascending id.
-    """
+    """BM25 as in Lucene 8; a posting is one element of two arrays. Texts come by ascending id, as equal scores rank."""
 
     def __init__(self, texts: Iterable[str]):
         self.terms: dict[str, int] = {}
@@ -502,9 +493,8 @@ class Shop:
 
     def way_with(self, product: Product, goal: Goal, among: list[str] | None) -> tuple[Product, list[str]] | None:
         """The product and the values to choose (`among` these), at most one per name, that win; None if none do."""
-        if self.prices[product.asin] > goal.price_upper or type_score(product, goal.product)["r_type"] < 1:
-            return None
-        if count_attributes(product, goal.attributes) < len(goal.attributes):
+        is_kind = self.prices[product.asin] <= goal.price_upper and type_score(product, goal.product)["r_type"] == 1
+        if not is_kind or count_attributes(product, goal.attributes) < len(goal.attributes):
             return None
         wanted, ways = goal.wanted, {0: []}  # set of options matched, as bits -> values that do it
         for name in product.options:
@@ -566,24 +556,23 @@ def generate_catalogue(num_products: int, seed: int) -> tuple[list[dict[str, Any
             if name == "color" and rng.random() < 0.1:
                 values[0] += str(rng.randrange(10, 100))
             options[name] = [{"value": value} for value in values]
-        low, spread, asked = rng.randrange(6, 90), rng.randrange(1, 12), sorted(rng.sample(has, 2))
+        low, spread, asked = rng.randrange(6, 90), max(0, rng.randrange(-40, 12)), sorted(rng.sample(has, 2))
         record = dict(asin=asin, name=f"{rng.choice(BRANDS)} {has[0]} {query}", query=query, category=category)
         record |= dict(full_description=f"These {query} stand for {has[1]}.", customization_options=options)
         record |= dict(small_description=[f"Made for {has[2]}.", f"Sold by the maker of {query}."], images=["none"])
-        record |= dict(pricing=f"${low}.00 to ${low + spread}.00" if rng.random() < 0.2 else f"${low}.00")
+        record |= dict(pricing=f"${low}.00 to ${low + spread}.00" if spread else f"${low}.00")
         records.append(record | dict(product_category=f"Generated › {category} › {query}"))
-        notes[asin] = dict(
-            attributes=has, instruction_attributes=asked, instruction=f"Find me {', '.join(asked)} {query}"
-        )
+        notes[asin] = dict(attributes=has, instruction_attributes=asked)
+        notes[asin] |= dict(instruction=f"Find me {', '.join(asked)} {query}")
     return records, notes
 
 
 # -------------------------------------------------------------------------------------------- one visit
 
 DONE_PAGE = (
-    "Thank you for shopping with us!|Your code:|None|(Paste it in your MTurk interface.)|Purchased|asin|{asin}|options|"
-    "{options}|attrs|None|category|None|query|None|product category|None|Target|asin|options|attrs|price upper|"
-    "instuction text|category|product category|query|Goal|None|Reward|Your score (min 0.0, max 1.0)|{reward}|"
+    "Thank you for shopping with us!|Your code:|None|(Paste it in your MTurk interface.)|Purchased|asin|{}|options|{}|"
+    "attrs|None|category|None|query|None|product category|None|Target|asin|options|attrs|price upper|"
+    "instuction text|category|product category|query|Goal|None|Reward|Your score (min 0.0, max 1.0)|{}|"
     "Reward Details|None"
 ).replace("|", " [SEP] ")
 
@@ -654,11 +643,10 @@ class Session:
     def text(self) -> str:
         """The page as the original shows it: segments joined by [SEP]."""
         segments, product = ["Instruction:", self.goal.text, "Back to Search"], self.product
-        if self.page == "done":
-            options = json.dumps(self.options, sort_keys=True)
-            return DONE_PAGE.format(asin=product.asin, options=options, reward=self.score["reward"])
         if self.page == "search":
             segments = ["WebShop", *segments[:2], "Search"]
+        elif self.page == "done":
+            return DONE_PAGE.format(product.asin, json.dumps(self.options, sort_keys=True), self.score["reward"])
         elif self.page == "results":
             pages = ["< Prev", "Next >"][self.number == 1 :]
             segments += [f"Page {self.number} (Total results: {len(self.results)})", *pages]
@@ -667,16 +655,16 @@ class Session:
             segments += ["< Prev", *(text for name, values in product.options.items() for text in (name, *values))]
             segments += [product.title, f"Price: {product.tag}", "Rating: N.A.", *map(str.title, BUTTONS[2:])]
         else:
-            bullets = [f" {bullet}" for bullet in product.bullets]
-            segments += ["< Prev", *dict(description=[product.description], features=bullets, reviews=[])[self.page]]
+            texts = dict(description=[product.description], features=[f" {bullet}" for bullet in product.bullets])
+            segments += ["< Prev", *texts.get(self.page, [])]
         # Lost on the way through HTML: empty texts, and white space that has a line break in it.
         return " [SEP] ".join(s.strip() for s in segments if s and not (s.isspace() and "\n" in s))
 
     def short_text(self) -> str:
         """The page and the whole state of the visit in few words, without buttons, for the tiny policy."""
         lines, chosen = [self.goal.text], " ".join(f"[{value}]" for value in self.options.values())
-        products = [self.product] * bool(self.product) + self.listed
-        listed = [f"[{p.asin.lower()}] {' '.join(p.title.split()[:12])} {p.tag}" for p in products]
+        shown = [self.product] * bool(self.product) + self.listed
+        listed = [f"[{p.asin.lower()}] {' '.join(p.title.split()[:12])} {p.tag}" for p in shown]
         if self.page == "search":
             lines += ["search page"]
         elif self.page == "results":
@@ -698,9 +686,9 @@ class Session:
 class WebShop(Env):
     """Buy what the instruction asks for within `turns` actions: 10 for a purchase of the full reward, else 0.
 
-    `info["task_score"]` is the original's reward, which also pays for a purchase that is right in part. `compact` pages
-    are short and list three products (default: with the generated catalogue). Seeds from 2^31 on are the validation
-    goals, in turn. `shop_seed` decides prices, goals, their order, and the generated catalogue.
+    `info["task_score"]` is the original's reward, which also pays for what is right in part. `compact` pages are short
+    and list three products (default: with the generated catalogue). Seeds from 2^31 on are the validation goals, in
+    turn. `shop_seed` decides prices, goals, their order, and the generated catalogue.
     """
 
     name = "webshop"
@@ -723,10 +711,10 @@ class WebShop(Env):
         self.shop = open_shop(data, products, human_goals, shop_seed)
         self.turn_limit, self.original, self.seed = turns, original, None
         self.compact = self.is_markov = data is None if compact is None else compact
-        numbers = range(len(self.shop.goals)) if original else self.shop.winnable
-        check(len(numbers) > 1, "webshop", f"{len(numbers)} of the {len(self.shop.goals)} goals can be won")
-        num = min(500, max(len(numbers) // 5, 1))
-        self.validation, self.training = numbers[:num], numbers[num:]
+        goals = range(len(self.shop.goals)) if original else self.shop.winnable
+        check(len(goals) > 1, "webshop", f"only {len(goals)} of the {len(self.shop.goals)} goals can be won")
+        self.validation = goals[: min(500, max(len(goals) // 5, 1))]
+        self.training = goals[len(self.validation) :]
         self.rng = random.Random()
         self.rng.setstate(self.shop.rng.getstate())
         if original:  # the original's constructor makes a visit of its own
@@ -734,9 +722,9 @@ class WebShop(Env):
 
     def reset(self, seed: int) -> tuple[str, dict[str, Any]]:
         if not (self.original and seed == self.seed):  # the original restarts with the goal that it happens to have
-            held_out = seed >= VALIDATION_SEED
-            part, number = (self.validation, seed) if held_out else (self.training, derive_seed("webshop", seed))
-            number = part[(number - VALIDATION_SEED * held_out) % len(part)]
+            held_out = seed >= 2**31  # the project evaluates with seeds from here on
+            part = self.validation if held_out else self.training
+            number = part[(seed - 2**31 if held_out else derive_seed("webshop", seed)) % len(part)]
             self.goal, self.way = self.shop.goals[number], None if self.original else self.shop.ways[number]
             self.task, self.seed = self.goal.text.strip(), seed
         return self.start()
@@ -785,12 +773,12 @@ class WebShop(Env):
             return ""
         return (
             "You are shopping in WebShop, an online shop of text pages. The task says what to buy: a kind of product, "
-            "properties it must have, often options such as a colour or a size, and often a highest price.\n"
+            "properties it must have, often options (a colour, a size) and a highest price.\n"
             "`search[words]` lists products; `click[text]` presses a button, opens a product, or chooses an option. "
             "Choose every option the task names before `click[buy now]`: pages do not show what is chosen, and leaving "
             "the product loses it. Any other action does nothing but costs a turn.\n"
-            f"You have {self.turn_limit} turns. Buying ends the episode; the task is solved only if product, options "
-            "and price are all right. Shop and task are the same in every episode."
+            f"You have {self.turn_limit} turns. Buying ends the episode; the task is solved if product, options and "
+            "price are all right. Shop and task are the same in every episode."
         )
 
     def parse(self, reply: str) -> tuple[str, bool]:
@@ -837,9 +825,8 @@ class WebShop(Env):
             words = [attribute for attribute in goal.attributes if rng.random() < 0.9] + [goal.product.query]
             return f"search[{' '.join(words + goal.values * (rng.random() < 0.8))}]"
         if visit.page == "results":
-            found = [asin for p in visit.listed if (asin := p.asin.lower()) not in avoided]
-            found = [asin for asin in found if asin in advised] or found
-            return f"click[{rng.choice(found)}]" if found else "click[next >]"
+            found = [asin for p in visit.listed if (asin := p.asin.lower()) not in avoided] or ["next >"]
+            return f"click[{rng.choice([asin for asin in found if asin in advised] or found)}]"
         if visit.page != "item" or visit.product.asin.lower() in avoided:
             return "click[< prev]"
         for name in visit.product.options:
@@ -851,8 +838,7 @@ class WebShop(Env):
 
     def scripted_reflection(self, rng: random.Random) -> str:
         """What to try next: the product bought with the options missed, or else the one listed after it."""
-        visit, note = self.visit, "nothing"
-        listed = [product.asin.lower() for product in visit.listed]
+        visit, note, listed = self.visit, "nothing", [product.asin.lower() for product in self.visit.listed]
         if visit.product is not None:
             asin, chosen = visit.product.asin.lower(), visit.options.values()
             missed = [f"[{v}]" for v in self.goal.values if v in visit.product.choices and v not in chosen]
