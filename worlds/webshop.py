@@ -692,7 +692,7 @@ class WebShop(Env):
     """
 
     name = "webshop"
-    warm_skill = 0.1
+    warm_skill = 0.0
     reply_format = "Think step by step about which action serves the task, then give it inside <action> </action>."
 
     def __init__(
@@ -837,14 +837,14 @@ class WebShop(Env):
         return "click[buy now]"
 
     def scripted_reflection(self, rng: random.Random) -> str:
-        """What to try next: the product bought with the options missed, or else the one listed after it."""
+        """What to try next: the product bought, if only options were missed, or else the one listed after it."""
         visit, note, listed = self.visit, "nothing", [product.asin.lower() for product in self.visit.listed]
         if visit.product is not None:
-            asin, chosen = visit.product.asin.lower(), visit.options.values()
-            missed = [f"[{v}]" for v in self.goal.values if v in visit.product.choices and v not in chosen]
-            note = f"try [{asin}]" + f" with {' '.join(missed)}" * bool(missed)
-            if visit.page == "done" and not missed:
+            asin, parts, values = visit.product.asin.lower(), visit.score, visit.options.values()
+            missed = [value for value in self.goal.values if value not in values]
+            is_right = visit.page != "done" or (parts["r_type"] * parts["r_att"] * parts["r_price"] == 1 and missed)
+            if is_right and set(missed) <= set(visit.product.choices):
+                note = f"try [{asin}]" + " with" * bool(missed) + "".join(f" [{value}]" for value in missed)
+            else:
                 note = f"not [{asin}], try [{(listed * 2)[listed.index(asin) + 1]}]"
-        elif listed:
-            note = f"try [{listed[0]}]"
         return f"<remark>{note if rng.random() < 0.8 else 'nothing'}</remark>"
