@@ -499,8 +499,8 @@ class Shop:
         wanted, ways = goal.wanted, {0: []}  # set of options matched, as bits -> values that do it
         for name in product.options:
             longer = dict(ways)
-            for value in product.choices:
-                if product.choices[value] == name and (among is None or value in among):
+            for value in product.choices:  # one with a bracket cannot be clicked, see Session.act
+                if product.choices[value] == name and "[" not in value and (among is None or value in among):
                     matched = sum(1 << i for i, option in enumerate(wanted) if is_close(plain_option(value), option))
                     for bits, values in ways.items():
                         longer.setdefault(bits | matched, [*values, value])
