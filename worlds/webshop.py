@@ -775,7 +775,7 @@ class WebShop(Env):
             "You are shopping in WebShop, an online shop of text pages. The task says what to buy: a kind of product, "
             "properties it must have, often options (a colour, a size) and a highest price.\n"
             "`search[words]` lists products; `click[text]` presses a button, opens a product, or chooses an option. "
-            "Choose every option the task names before `click[buy now]`: pages do not show what is chosen, and leaving "
+            "Choose every option the task names before `click[buy now]`: pages may not show what is chosen; leaving "
             "the product loses it. Any other action does nothing but costs a turn.\n"
             f"You have {self.turn_limit} turns. Buying ends the episode; the task is solved if product, options and "
             "price are all right. Shop and task are the same in every episode."
