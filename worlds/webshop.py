@@ -820,7 +820,7 @@ class WebShop(Env):
         avoided = re.findall(r"not \[([^\]]*)\]", " ".join(memory)) if follows else []
         advised = re.findall(r"\[([^\]]*)\]", memory[-1].partition("try ")[2]) if follows and memory else []
         if rng.random() < 0.05:
-            return rng.choice(self.actions()).replace("<your query>", goal.product.query)
+            return rng.choice(self.actions() or [""]).replace("<your query>", goal.product.query)
         if visit.page == "search":
             words = [attribute for attribute in goal.attributes if rng.random() < 0.9] + [goal.product.query]
             return f"search[{' '.join(words + goal.values * (rng.random() < 0.8))}]"
