@@ -1,0 +1,483 @@
+"""ALFWorld, written from scratch: household tasks in text, from genuine game files or from rooms made here.
+
+Three parts, top to bottom:
+1. The simulator: `parse_problem` reads the PDDL problem of a game into a `Game` (what never changes); a `State` of it
+   lists its admissible commands, carries them out and knows when the problem's own goal holds. Texts, lists and ends
+   equal the original engine's (TextWorld, ALFWorld 0.4.2), as recorded cases show, at a thousand times its speed.
+2. `make_game`: kitchens, living rooms, bedrooms and bathrooms of genuine character, as the same `Game`.
+3. `AlfWorld`: LaMer's episode around it (paper, section 5; ten turns, 10 points at the winning one), and a scripted
+   player, whose expert takes the shortest way and whose novice searches and reads its memory.
+
+    env = AlfWorld()                            # generated games; AlfWorld(data=DIR) for genuine ones, in either dialect
+    observation, info = env.reset(seed=7)
+    observation, reward, terminated, truncated, info = env.step("go to cabinet 1")
+    python train.py --env worlds/alfworld.py:AlfWorld
+
+What can be where, and which task goes with which room, are facts condensed from ALFRED and ALFWorld (NOTICE.alfworld).
+"""
+
+import json
+import os
+import random
+import re
+from bisect import insort
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from itertools import permutations, product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from envs import Env, derive_seed
+
+# ---------------------------------------------------------------------------------- reading a problem
+
+Atom = tuple[str, ...]  # a ground fact, ("inreceptacle", "mug_bar_1", "cabinet_bar_2"), or an action, ("open", "...")
+
+# Every predicate of the domain and its number of arguments. The engine lower-cases whatever it reads.
+PREDICATES = {
+    **dict.fromkeys("openable opened full checked examined holdsany holdsanyreceptacleobject".split(), 1),
+    **dict.fromkeys("isclean ishot iscool issliced istoggled ison isreceptacleobject isreceptacleobjectfull".split(), 1),
+    **dict.fromkeys("cleanable heatable coolable sliceable toggleable pickupable moveable".split(), 1),
+    **dict.fromkeys("atlocation receptacleatlocation objectatlocation inreceptacle wasinreceptacle".split(), 2),
+    **dict.fromkeys("inreceptacleobject receptacletype objecttype cancontain holds".split(), 2),
+}
+CHANGING = set("atlocation objectatlocation opened inreceptacle holds isclean ishot iscool issliced istoggled".split())
+UNUSED = set("full checked examined holdsany holdsanyreceptacleobject isreceptacleobjectfull moveable".split())
+UNUSED |= {"wasinreceptacle"}  # the domain's book-keeping, which no rule, text or goal depends on
+
+
+class Form(list):
+    """A list of the Lisp syntax, with the line it starts on."""
+
+    line = 1
+
+    def __str__(self) -> str:
+        text = f"({' '.join(map(str, self))})"
+        return text if len(text) <= 80 else text[:77] + "..."
+
+
+def read_form(text: str) -> Form:
+    """All lists of a text, nested: "(a (b c))" -> [["a", ["b", "c"]]]."""
+    stack = [Form()]
+    for line, row in enumerate(text.lower().split("\n"), start=1):
+        for token in row.partition(";")[0].replace("(", " ( ").replace(")", " ) ").split():
+            if token == "(":
+                stack.append(Form())
+                stack[-1].line = line
+                if len(stack) > 60:
+                    raise ValueError(f"line {line}: parentheses are nested too deeply")
+            elif token != ")":
+                stack[-1].append(token)
+            elif len(stack) == 1:
+                raise ValueError(f"line {line}: one closing parenthesis too many")
+            else:
+                form = stack.pop()
+                stack[-1].append(form)
+    if len(stack) > 1:
+        raise ValueError(f"line {stack[-1].line}: the parenthesis that opens here is never closed")
+    return stack[0]
+
+
+def typed_names(names: Form, start: int = 0) -> list[tuple[str, str]]:
+    """(name, type) pairs of a typed list: ["?a", "?b", "-", "agent"] -> [("?a", "agent"), ("?b", "agent")]."""
+    pairs, untyped, tokens = [], [], iter(names[start:])
+    for token in tokens:
+        if not isinstance(token, str):
+            raise ValueError(f"line {names.line}: a list where a name is due in {names}")
+        if token == "-":
+            kind = next(tokens, None)
+            if not isinstance(kind, str):
+                raise ValueError(f"line {names.line}: no type after the last dash of {names}")
+            pairs += [(name, kind) for name in untyped]
+            untyped = []
+        else:
+            untyped.append(token)
+    if untyped:
+        raise ValueError(f"line {names.line}: {str(untyped[0])[:60]} has no type")
+    return pairs
+
+
+def read_atom(form: Any) -> Atom:
+    """A fact or goal condition, checked against the domain."""
+    if not isinstance(form, Form) or not form or not all(isinstance(part, str) for part in form):
+        raise ValueError(f"line {getattr(form, 'line', 1)}: {str(form)[:80]} is no fact")
+    if form[0] not in PREDICATES:
+        raise ValueError(f"line {form.line}: unknown predicate {form[0][:60]} in {form}")
+    if len(form) - 1 != PREDICATES[form[0]]:
+        raise ValueError(f"line {form.line}: {form[0]} takes {PREDICATES[form[0]]} arguments in {form}")
+    return tuple(form)
+
+
+def flatten_goal(form: Any, scope: dict[str, str], variables: list[tuple[str, str]], conditions: list[Atom]) -> None:
+    """Collect a goal of nested `and`, `exists` and `not (= ..)` as one list of variables and one of conditions."""
+    match form:
+        case ["and", _, *_]:
+            for part in form[1:]:
+                flatten_goal(part, scope, variables, conditions)
+            return
+        case ["exists", Form() as names, body]:
+            scope = dict(scope)
+            for name, kind in typed_names(names):
+                scope[name] = f"{name} {len(variables)}"  # the same name may stand in two places for two things
+                variables.append((scope[name], kind))
+            flatten_goal(body, scope, variables, conditions)
+            return
+        case ["not", ["=", str() as x, str() as y]]:
+            condition = ("!=", x, y)
+        case _:
+            condition = read_atom(form)
+    if condition[0] in UNUSED:
+        raise ValueError(f"line {form.line}: the goal asks for {condition[0]}, which nothing here changes")
+    for name in condition[1:]:
+        if name.startswith("?") and name not in scope:
+            raise ValueError(f"line {form.line}: nothing binds {name[:60]} in {form}")
+    conditions.append((condition[0], *(scope.get(name, name) for name in condition[1:])))
+
+
+class Game:
+    """A game: tables of what never changes while it is played, the facts true at the start, and the goal.
+
+    The goal is a list of ways to win; each is the set of changeable facts that must hold together.
+    """
+
+    def __init__(
+        self, types: dict[str, str], facts: Iterable[Atom], goal: Form, task: str, task_type: str, old: bool = False
+    ):
+        self.task, self.task_type, self.old, self.types = task, task_type, old, types
+        self.static = set(facts)
+        table = defaultdict(list)
+        for predicate, *arguments in sorted(self.static):
+            table[predicate].append(arguments)
+        self.agent = next(name for name, kind in types.items() if kind == "agent")
+        self.names = shown_names({name for fact in self.static for name in fact[1:]})
+        self.place = dict(table["receptacleatlocation"])  # receptacle -> where one stands to use it
+        self.receptacles = sorted(self.place)  # lists and numbers follow the order of the raw ids, here and below
+        self.at = {place: [r for r in self.receptacles if self.place[r] == place] for place in self.place.values()}
+        self.kind = {name: kind.removesuffix("type") for name, kind in table["objecttype"] + table["receptacletype"]}
+        takers, of_kind = defaultdict(set), defaultdict(list)
+        for r, kind in table["receptacletype"]:
+            of_kind[kind].append(r)
+        for r_kind, o_kind in table["cancontain"]:
+            takers[o_kind].update(of_kind[r_kind])
+        self.fits = {o: takers[kind] for o, kind in table["objecttype"]}  # object -> receptacles that take it
+        self.openable, self.portable = ({name for (name,) in table[p]} for p in ("openable", "pickupable"))
+        self.sliceable = [name for (name,) in table["sliceable"]]
+        self.inner = defaultdict(list)  # object -> objects in it, for `examine`
+        for inside, outside in table["inreceptacleobject"]:
+            self.inner[outside].append(inside)
+        self.start = {fact for fact in self.static if fact[0] in CHANGING}
+        # Only what can be carried ever changes its place, so a lamp on a desk is part of the furniture.
+        self.static -= {f for f in self.start if f[0] != "inreceptacle" or f[1] in self.portable}
+        self.goal = self.ground(goal)
+        self.travel: dict[str, list[Atom]] = {}
+        self.said: dict[Atom, str] = {}
+        templates = TEMPLATES | {"move": "put {} in/on {}"} if old else TEMPLATES
+        self.templates = {verb: text.format for verb, text in templates.items()}
+
+    def ground(self, goal: Form) -> list[frozenset[Atom]]:
+        """Every assignment of the goal's variables that the unchanging facts allow, as what is left to be achieved."""
+        variables, conditions = [], []
+        flatten_goal(goal, {}, variables, conditions)
+        depth = {name: i + 1 for i, (name, _) in enumerate(variables)}
+        checks = [[] for _ in range(len(variables) + 1)]  # conditions by the last variable they need
+        for condition in conditions:
+            checks[max(depth.get(name, 0) for name in condition)].append(condition)
+        domain = {kind: [] for kind in ("agent", "location", "object", "otype", "receptacle", "rtype")}
+        for name, kind in self.types.items():
+            if name in self.names and kind in domain:
+                domain[kind].append(name)
+        for name in {name for condition in conditions for name in condition[1:]} - depth.keys() - self.types.keys():
+            raise ValueError(f"line {goal.line}: {name[:60]} in the goal is not declared")
+        for _, kind in variables:
+            if kind not in domain:
+                raise ValueError(f"line {goal.line}: unknown type {kind[:60]} in the goal")
+        found: dict[frozenset[Atom], None] = {}
+        bound: dict[str, str] = {}
+
+        def extend(level: int, needed: frozenset[Atom]) -> None:
+            for condition in checks[level]:
+                atom = tuple(bound.get(name, name) for name in condition)
+                if atom[0] == "!=":
+                    if atom[1] == atom[2]:
+                        return
+                elif atom not in self.static:
+                    if atom[0] not in CHANGING or (atom[0] == "inreceptacle" and atom[1] not in self.portable):
+                        return
+                    needed = needed | {atom}
+            if level == len(variables):
+                found[needed] = None
+                if len(found) > 5000:
+                    raise ValueError(f"line {goal.line}: the goal can be met in more than 5000 ways")
+                return
+            name, kind = variables[level]
+            for bound[name] in domain[kind]:
+                extend(level + 1, needed)
+
+        extend(0, frozenset())
+        return list(found)
+
+    def say(self, action: Atom) -> str:
+        """An action as the command a player types."""
+        if action not in self.said:
+            self.said[action] = self.templates[action[0]](*map(self.names.get, action[1:]))
+        return self.said[action]
+
+    def ways(self, place: str) -> list[Atom]:
+        """The `go to` actions from a place."""
+        if place not in self.travel:
+            self.travel[place] = [("go", r) for r in self.receptacles if self.place[r] != place]
+        return self.travel[place]
+
+
+def shown_names(ids: Iterable[str]) -> dict[str, str]:
+    """Raw id -> shown name; within a class numbers fall as ids rise: of two cabinets, the first is `cabinet 2`."""
+    names, counts = {}, defaultdict(int)
+    for name in sorted(ids, reverse=True):
+        kind, has_number, _ = name.partition("_bar_")
+        kind += "basin" if "basin" in name and has_number else ""
+        counts[kind] += 1
+        names[name] = f"{kind} {counts[kind]}" if has_number else name
+    return names
+
+
+def parse_problem(text: str, task: str, task_type: str, old: bool = False, source: str = "problem") -> Game:
+    """The game of a PDDL problem and its task sentence; ValueError names `source` and the line."""
+    try:
+        forms = read_form(text)
+        if len(forms) != 1 or forms[0][:1] != ["define"]:
+            raise ValueError("line 1: a problem is one list (define (problem ..) ..)")
+        sections = {part[0]: part for part in forms[0] if isinstance(part, Form) and part and isinstance(part[0], str)}
+        for name in (":objects", ":init", ":goal"):
+            if name not in sections:
+                raise ValueError(f"line {forms[0].line}: there is no ({name} ..)")
+        objects, init, goal = sections[":objects"], sections[":init"], sections[":goal"]
+        types = dict(typed_names(objects, start=1))
+        agents = [name for name, kind in types.items() if kind == "agent"]
+        if len(agents) != 1:
+            raise ValueError(f"line {objects.line}: {len(agents)} agents ({', '.join(agents)}); only one can play here")
+        facts = []
+        for form in init[1:]:
+            if form[:1] == ["="]:  # distances and costs, which no text game uses
+                continue
+            facts.append(read_atom(form))
+            for name in form[1:]:
+                if name not in types:
+                    raise ValueError(f"line {form.line}: {name[:60]} in {form} is not declared")
+        if sum(fact[0] == "atlocation" for fact in facts) != 1:
+            raise ValueError(f"line {init.line}: the agent must be at exactly one place")
+        if len(goal) != 2 or len(goal[1]) < 2:
+            raise ValueError(f"line {goal.line}: the goal is empty")
+        return Game(types, facts, goal[1], task, task_type, old)
+    except ValueError as error:
+        raise ValueError(f"{source}, {error}") from None
+
+
+# --------------------------------------------------------------------------------------- the simulator
+
+TEMPLATES = {
+    "look": "look",
+    "inventory": "inventory",
+    "help": "help",
+    "go": "go to {}",
+    "open": "open {}",
+    "close": "close {}",
+    "take": "take {} from {}",
+    "move": "move {} to {}",
+    "examine": "examine {}",
+    "use": "use {}",
+    "clean": "clean {} with {}",
+    "heat": "heat {} with {}",
+    "cool": "cool {} with {}",
+    "slice": "slice {} with {}",
+}
+# verb: (which objects, what they become, what they cease to be, in which receptacles)
+TREATMENTS = {
+    "clean": ("cleanable", "isclean", None, "sinkbasin"),
+    "heat": ("heatable", "ishot", "iscool", "microwave"),
+    "cool": ("coolable", "iscool", "ishot", "fridge"),
+}
+HELP = """Available commands:
+  look:                             look around your current location
+  inventory:                        check your current inventory
+  go to (receptacle):               move to a receptacle
+  open (receptacle):                open a receptacle
+  close (receptacle):               close a receptacle
+  take (object) from (receptacle):  take an object from a receptacle
+  move (object) to (receptacle):  place an object in or on a receptacle
+  examine (something):              examine a receptacle or an object
+  use (object):                     use an object
+  heat (object) with (receptacle):  heat an object using a receptacle
+  clean (object) with (receptacle): clean an object using a receptacle
+  cool (object) with (receptacle):  cool an object using a receptacle
+  slice (object) with (object):     slice an object using a sharp object
+"""
+
+
+def listing(names: Sequence[str], article: str = "a ") -> str:
+    """["mug 2", "mug 1"] -> "a mug 2, and a mug 1"; "nothing" if there are none."""
+    names = [article + name for name in names]
+    return ", ".join(names[:-1]) + f", and {names[-1]}" if len(names) > 1 else "".join(names) or "nothing"
+
+
+class State:
+    """A game being played. `facts` is the truth; the other fields repeat parts of it for speed."""
+
+    def __init__(self, game: Game):
+        self.game, self.facts = game, set(game.start)
+        # Facts of the engine that only `look` reads: ("notin", o, r) for o taken out of r and not put back into it.
+        self.contents = {r: [] for r in game.receptacles}  # in the order of ids
+        for o, r in sorted(fact[1:] for fact in game.start if fact[0] == "inreceptacle"):
+            if r in self.contents:
+                self.contents[r].append(o)
+        self.place = next(fact[2] for fact in game.start if fact[0] == "atlocation")
+        self.held = next((fact[2] for fact in sorted(game.start) if fact[0] == "holds"), None)
+
+    def copy(self) -> "State":
+        other = State.__new__(State)
+        other.__dict__.update(self.__dict__)
+        other.facts, other.contents = set(self.facts), {r: list(c) for r, c in self.contents.items()}
+        return other
+
+    @property
+    def here(self) -> list[str]:
+        """The receptacles at the agent's location."""
+        return self.game.at.get(self.place, [])
+
+    @property
+    def won(self) -> bool:
+        return any(way <= self.facts for way in self.game.goal)
+
+    def is_accessible(self, r: str) -> bool:
+        return r not in self.game.openable or ("opened", r) in self.facts
+
+    def actions(self) -> Iterator[Atom]:
+        """Whatever may be done now, in no particular order and perhaps twice."""
+        game, facts, held = self.game, self.facts, self.held
+        yield from (("look",), ("inventory",)) if game.old else (("look",), ("inventory",), ("help",))
+        yield from game.ways(self.place)
+        for r in self.here:
+            yield "examine", r
+            if r in game.openable:
+                yield ("close" if ("opened", r) in facts else "open"), r
+            for o in self.contents[r]:
+                if ("toggleable", o) in game.static:
+                    yield "use", o
+            if not self.is_accessible(r):
+                continue
+            if held is None:
+                for o in self.contents[r]:
+                    if o in game.portable:
+                        yield "take", o, r
+            elif r in game.fits.get(held, ()):
+                yield "move", held, r
+        if held is None:
+            return
+        yield "examine", held
+        for verb, (ability, _, _, tool) in TREATMENTS.items():
+            if (ability, held) in game.static:
+                yield from ((verb, held, r) for r in self.here if game.kind.get(r) == tool)
+        if game.kind.get(held) in ("knife", "butterknife"):
+            for o in game.sliceable:
+                if ("objectatlocation", o, self.place) in facts:
+                    yield "slice", o, held
+
+    def commands(self) -> dict[str, Atom]:
+        """The admissible commands and what they mean."""
+        say, said = self.game.say, self.game.said
+        return {said.get(action) or say(action): action for action in self.actions()}
+
+    def apply(self, action: Atom) -> str:
+        """Carry out an action that is allowed and return the feedback."""
+        game, facts, verb = self.game, self.facts, action[0]
+        x, y = (*action[1:], None, None)[:2]
+        a, b = game.names.get(x), game.names.get(y)
+        match verb:
+            case "look":
+                return self.look()
+            case "inventory":
+                return f"You are carrying: a {game.names[self.held]}." if self.held else "You are not carrying anything."
+            case "help":
+                return HELP
+            case "go":
+                facts.discard(("atlocation", game.agent, self.place))
+                self.place = game.place[x]
+                facts.add(("atlocation", game.agent, self.place))
+                return f"You arrive at {game.names[self.place] if game.old else a}. {self.describe(x)}"
+            case "open":
+                facts.add(("opened", x))
+                return f"You open the {a}. {self.describe(x)}"
+            case "close":
+                facts.discard(("opened", x))
+                return f"You close the {a}."
+            case "take":
+                facts -= {("inreceptacle", x, y), ("objectatlocation", x, self.place)}
+                facts |= {("holds", game.agent, x), ("notin", x, y)}
+                self.contents[y].remove(x)
+                self.held = x
+                return f"You pick up the {a} from the {b}."
+            case "move":
+                facts -= {("holds", game.agent, x), ("notin", x, y)}
+                facts |= {("inreceptacle", x, y), ("objectatlocation", x, self.place)}
+                if x not in self.contents[y]:  # it can be, having lain in two receptacles
+                    insort(self.contents[y], x)
+                self.held = None
+                return f"You put the {a} in/on the {b}." if game.old else f"You move the {a} to the {b}."
+            case "examine":
+                return self.describe(x) if x in self.contents else self.inspect(x)
+            case "use":
+                facts.add(("istoggled", x))
+                return f"You turn on the {a}."
+            case "slice":
+                facts.add(("issliced", x))
+                return f"You sliced the {a} with the {b}."
+            case _:
+                _, after, before, _ = TREATMENTS[verb]
+                facts.discard((before, x))
+                facts.add((after, x))
+                return f"You {verb} the {a} using the {b}."
+
+    def intro(self) -> str:
+        """The first observation: the room and the task."""
+        room = self.look() if self.here else self.look().replace("nothing", self.listing(self.game.receptacles))
+        return f"-= Welcome to TextWorld, ALFRED! =-\n\n{room}\n\nYour task is to: {self.game.task}."
+
+    def listing(self, ids: Iterable[str], article: str = "a ") -> str:
+        return listing([self.game.names[i] for i in ids], article)
+
+    def look(self) -> str:
+        if not self.here:
+            return "You are in the middle of a room. Looking quickly around you, you see nothing."
+        # The engine lists what was carried from one receptacle of this place to another, once per receptacle it left.
+        around = [
+            o
+            for o in self.game.fits
+            for r in self.here
+            if ("objectatlocation", o, self.place) in self.facts and ("notin", o, r) in self.facts
+        ]
+        return f"You are facing the {self.listing(self.here, '')}. Next to it, you see {self.listing(around)}."
+
+    def describe(self, r: str) -> str:
+        """What a receptacle shows."""
+        if not self.is_accessible(r):
+            return f"The {self.game.names[r]} is closed."
+        start = f"The {{}} is open. In it, you see" if r in self.game.openable else "On the {}, you see"
+        return f"{start.format(self.game.names[r])} {self.listing(self.contents[r])}."
+
+    def inspect(self, o: str) -> str:
+        """What a held object shows."""
+        game, name = self.game, self.game.names[o]
+        clean, hot, cool, sliced, on = (
+            (state, o) in self.facts for state in ("isclean", "ishot", "iscool", "issliced", "istoggled")
+        )
+        if ("isreceptacleobject", o) in game.static:
+            return f"This is a normal {name}. In it, you see {self.listing(game.inner[o])}."
+        words = ["hot"] * hot or ["cool"] * cool
+        words = " and ".join(words + ["clean"] * clean)
+        if words:
+            return f"This is a {'cold' if words == 'cool' and not sliced else words}{' sliced' * sliced} {name}."
+        if on and ("toggleable", o) in game.static:
+            return f"This {name} is on."
+        if sliced and o in game.sliceable:
+            return f"This is a sliced {name}."
+        return f"There's nothing special about {name}."
