@@ -481,3 +481,295 @@ class State:
         if sliced and o in game.sliceable:
             return f"This is a sliced {name}."
         return f"There's nothing special about {name}."
+
+
+# ------------------------------------------------------------------------------------- genuine games
+
+MAX_BYTES = 5_000_000  # a game file has some hundred kB; far larger ones are something else
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; ValueError in one line if there is none."""
+    try:
+        if (size := path.stat().st_size) > MAX_BYTES:
+            raise ValueError(f"{path}: {size:,} bytes is more than any game file has")
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}, byte {error.start}: not UTF-8 text") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno} column {error.colno}: not JSON: {error.msg}") from None
+    except RecursionError:
+        raise ValueError(f"{path}: brackets are nested too deeply") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}, line 1: not a JSON object")
+    return data
+
+
+@lru_cache(maxsize=256)
+def load_game(path: str, task_type: str) -> Game:
+    """The game of a `game.tw-pddl`, in either dialect; the task type stands in the `traj_data.json` beside it."""
+    data = read_json(Path(path))
+    for key in ("grammar", "pddl_problem"):
+        if not isinstance(data.get(key), str):
+            raise ValueError(f"{path}: there is no text {key!r}")
+    task = re.search(r'Your task is to: (.*?)\."', data["grammar"])
+    if task is None:
+        raise ValueError(f"{path}: the grammar has no sentence 'Your task is to: ...'")
+    old = "move {o} to {r}" not in data["grammar"]
+    return parse_problem(data["pddl_problem"], task[1], task_type, old, source=f"{path}: pddl_problem")
+
+
+@lru_cache(maxsize=16)
+def list_games(folder: str, types: tuple[str, ...]) -> list[tuple[str, str]]:
+    """(game file, task type) of the games below a folder that ALFWorld would play, all of them read once and sound.
+
+    Like the original it passes over trials without a game file, unsolvable ones, and those with movable receptacles or
+    slicing in their path.
+    """
+    games, skipped = [], "no traj_data.json anywhere"
+    for root, _, files in sorted(os.walk(folder)):
+        game, trajectory = Path(root, "game.tw-pddl"), Path(root, "traj_data.json")
+        if not {game.name, trajectory.name} & set(files) or "movable" in root or "Sliced" in root:
+            continue
+        if trajectory.name not in files:
+            raise ValueError(f"{trajectory}: missing, though there is a {game.name}")
+        if game.name not in files:
+            skipped = f"{game} is missing"
+        elif read_json(game).get("solvable") is not True:
+            skipped = f"{game} is not marked as solvable"
+        elif (task_type := read_json(trajectory).get("task_type")) not in types:
+            skipped = f"{trajectory} has task type {task_type!r}"
+        else:
+            load_game(str(game), task_type)
+            games.append((str(game), task_type))
+    if not games:
+        raise ValueError(f"{folder}: no game of the wanted tasks: {skipped}")
+    return games
+
+
+# ----------------------------------------------------------------------------------- generated games
+
+FOOD, CUTLERY = "apple bread egg lettuce potato tomato", "butterknife fork knife ladle spatula spoon"
+CROCKERY, POTS, BOTTLES = "bowl cup mug plate", "kettle pan pot", "glassbottle winebottle"
+SHAKERS, SMALL, DECOR = "peppershaker saltshaker", "cd cellphone creditcard keychain watch", "statue vase"
+BATH = "candle cloth dishsponge handtowel soapbar soapbottle spraybottle tissuebox toiletpaper"
+PAPER = "book newspaper pen pencil"
+SEAT = "basketball book box cellphone cloth creditcard keychain laptop newspaper pillow remotecontrol"
+DRESSER = f"{CROCKERY} {BOTTLES} {SMALL} {DECOR} {PAPER} alarmclock basketball box candle cloth laptop remotecontrol"
+DRESSER += " spraybottle tennisracket tissuebox toiletpaper wateringcan"
+SURFACE = f"{DRESSER} {FOOD} {CUTLERY} {POTS} {SHAKERS} {BATH} baseballbat"
+CONTAINS = {  # receptacle: objects it takes (ALFRED's relation, for the objects that occur here)
+    **dict.fromkeys("coffeetable countertop diningtable sidetable".split(), SURFACE),
+    **dict.fromkeys("armchair ottoman sofa".split(), SEAT),
+    "bathtubbasin": "cloth dishsponge handtowel soapbar",
+    "bed": "baseballbat basketball book cellphone laptop newspaper pillow tennisracket",
+    "cabinet": f"{BATH} {CROCKERY} {BOTTLES} {POTS} {SHAKERS} book box cd ladle newspaper plunger vase wateringcan",
+    "cart": f"{BATH} mug plunger statue vase",
+    "coffeemachine": "mug",
+    "desk": f"{DRESSER} soapbottle",
+    "drawer": f"{BATH} {CUTLERY} {SHAKERS} {SMALL} {PAPER} remotecontrol wateringcan",
+    "dresser": DRESSER,
+    "fridge": f"{FOOD} {CROCKERY} {BOTTLES} pan pot",
+    "garbagecan": f"{FOOD} {BATH.removeprefix('candle')} cd newspaper pen pencil winebottle",
+    "handtowelholder": "handtowel",
+    "laundryhamper": "cloth",
+    "microwave": f"{CROCKERY} apple bread egg potato tomato glassbottle",
+    "safe": f"{SMALL} {DECOR}",
+    "shelf": f"{BATH} {CROCKERY} {BOTTLES} {SHAKERS} {SMALL} {DECOR} {PAPER} alarmclock box kettle pot remotecontrol"
+    " wateringcan",
+    "sinkbasin": f"{CUTLERY} {CROCKERY} {POTS} apple egg lettuce potato tomato cloth dishsponge handtowel soapbar"
+    " glassbottle",
+    "stoveburner": POTS,
+    "toaster": "",
+    "toilet": f"{BATH} newspaper",
+    "toiletpaperhanger": "toiletpaper",
+    "towelholder": "towel",
+    "tvstand": "tissuebox",
+}
+CONTAINS = {receptacle: frozenset(objects.split()) for receptacle, objects in CONTAINS.items()}
+ABILITIES = {
+    "heatable": "apple bread cup egg mug plate potato tomato",
+    "coolable": f"{FOOD} {CROCKERY} pan pot winebottle",
+    "cleanable": f"{CUTLERY} {CROCKERY} {POTS} apple egg lettuce potato tomato cloth dishsponge soapbar",
+    "sliceable": FOOD,
+    "isreceptacleobject": f"{CROCKERY} box pan pot",
+}
+ABILITIES = {ability: frozenset(objects.split()) for ability, objects in ABILITIES.items()}
+OPENABLE = {"cabinet", "drawer", "fridge", "microwave", "safe"}
+TABLES = set("coffeetable countertop diningtable sidetable desk dresser bed sofa".split())  # where most things lie
+LAMP_STANDS = {"coffeetable", "desk", "diningtable", "dresser", "shelf", "sidetable"}
+
+# room: its furniture with least and most pieces, objects always there, objects sometimes there
+ROOMS = {
+    "kitchen": (
+        "cabinet 3-9 coffeemachine 1-1 countertop 1-3 diningtable 0-1 drawer 2-7 fridge 1-1 garbagecan 1-1 microwave 1-1"
+        " shelf 0-2 sidetable 0-1 sinkbasin 1-1 stoveburner 2-4 toaster 1-1",
+        f"{FOOD} {CROCKERY} {SHAKERS} butterknife dishsponge fork knife pan pot soapbottle spatula spoon",
+        f"{BOTTLES} {DECOR} kettle ladle cellphone creditcard",
+    ),
+    "living room": (
+        "armchair 1-2 cabinet 0-4 coffeetable 1-2 diningtable 0-1 drawer 1-6 dresser 0-1 garbagecan 1-1 ottoman 0-1"
+        " safe 0-1 shelf 0-6 sidetable 1-3 sofa 1-2 tvstand 0-1",
+        "box creditcard keychain laptop newspaper pillow remotecontrol statue",
+        "book cellphone pen pencil plate tissuebox vase watch wateringcan",
+    ),
+    "bedroom": (
+        "armchair 0-2 bed 1-1 cabinet 0-2 desk 1-2 drawer 2-8 dresser 0-1 garbagecan 1-1 laundryhamper 0-1 safe 0-1"
+        " shelf 1-5 sidetable 1-2",
+        "alarmclock book cd cellphone creditcard keychain laptop pen pencil pillow",
+        "baseballbat basketball bowl box cloth mug statue tennisracket tissuebox",
+    ),
+    "bathroom": (
+        "bathtubbasin 0-1 cabinet 2-5 cart 0-1 countertop 1-2 drawer 0-5 garbagecan 1-1 handtowelholder 1-2 shelf 0-2"
+        " sidetable 0-1 sinkbasin 1-2 toilet 1-1 toiletpaperhanger 1-1 towelholder 1-1",
+        "candle cloth handtowel plunger soapbar soapbottle spraybottle toiletpaper towel",
+        "dishsponge tissuebox",
+    ),
+}
+NUM_SCENES, NUM_UNSEEN = 30, 4  # per kind of room; the last ones are never trained in (ALFWorld: 4 scenes in all)
+
+
+class Task(NamedTuple):
+    """One of ALFWorld's six types of task."""
+
+    type: str
+    rooms: tuple[str, ...]
+    sentences: tuple[str, str]  # {o} is the kind of object, {r} that of the receptacle or lamp
+    goal: str  # PDDL
+    treatment: str | None = None  # clean, heat or cool
+
+
+PLACE = "(exists (?r - receptacle ?o - object) (and {} (objectType ?o {{o}}Type) (receptacleType ?r {{r}}Type)"
+PLACE += " (inReceptacle ?o ?r)))"
+TASKS = {
+    "pick": Task(
+        "pick_and_place_simple", tuple(ROOMS), ("put a {o} in {r}", "put some {o} on {r}"), PLACE.format("")
+    ),
+    "look": Task(
+        "look_at_obj_in_light",
+        ("bedroom", "living room"),
+        ("look at {o} under the {r}", "examine the {o} with the {r}"),
+        "(and (exists (?l - object ?r - receptacle ?a - agent ?p - location) (and (objectType ?l {r}Type)"
+        " (toggleable ?l) (isToggled ?l) (inReceptacle ?l ?r) (receptacleAtLocation ?r ?p) (atLocation ?a ?p)))"
+        " (exists (?o - object ?a - agent) (and (objectType ?o {o}Type) (holds ?a ?o))))",
+    ),
+    "clean": Task(
+        "pick_clean_then_place_in_recep",
+        ("kitchen", "bathroom"),
+        ("put a clean {o} in {r}", "clean some {o} and put it in {r}"),
+        PLACE.format("(cleanable ?o) (isClean ?o)"),
+        "clean",
+    ),
+    "heat": Task(
+        "pick_heat_then_place_in_recep",
+        ("kitchen",),
+        ("put a hot {o} in {r}", "heat some {o} and put it in {r}"),
+        PLACE.format("(heatable ?o) (isHot ?o)"),
+        "heat",
+    ),
+    "cool": Task(
+        "pick_cool_then_place_in_recep",
+        ("kitchen",),
+        ("put a cool {o} in {r}", "cool some {o} and put it in {r}"),
+        PLACE.format("(coolable ?o) (isCool ?o)"),
+        "cool",
+    ),
+    "pick2": Task(
+        "pick_two_obj_and_place",
+        tuple(ROOMS),
+        ("put two {o} in {r}", "find two {o} and put them in {r}"),
+        "(exists (?r - receptacle ?o - object ?p - object) (and (receptacleType ?r {r}Type) (not (= ?o ?p))"
+        " (objectType ?o {o}Type) (inReceptacle ?o ?r) (objectType ?p {o}Type) (inReceptacle ?p ?r)))",
+    ),
+}
+
+
+class Furniture(NamedTuple):
+    """A receptacle of a scene."""
+
+    id: str
+    kind: str
+    place: str
+    is_openable: bool
+
+
+def make_scene(room: str, number: int) -> list[Furniture]:
+    """The furniture of one scene, the same in every game played there."""
+    rng, scene = random.Random(derive_seed("scene", room, number)), []
+    for kind, least, most in re.findall(r"(\w+) (\d+)-(\d+)", ROOMS[room][0]):
+        for i in range(rng.randint(int(least), int(most))):
+            shares = (i and rng.random() < 0.2) or (kind == "countertop" and room == "kitchen" and i == 0)
+            place = scene[-1].place if shares else f"loc_bar_{len(scene):02}"
+            is_openable = kind in OPENABLE and (kind not in ("cabinet", "drawer") or rng.random() < 0.9)
+            raw = f"{kind.removesuffix('basin')}_bar_{i:02}" + "_bar_basin" * kind.endswith("basin")
+            scene.append(Furniture(raw, kind, place, is_openable))
+    return scene
+
+
+@lru_cache(maxsize=256)
+def make_game(
+    seed: int, tasks: tuple[str, ...], receptacles: int | None, objects: int | None, scenes: tuple[int, int]
+) -> Game:
+    """The game of `seed`, in a scene numbered scenes[0] <= n < scenes[1], with at most so many receptacles and objects.
+
+    Nothing of the wanted kind lies in a receptacle of the kind it shall be put in.
+    """
+    rng = random.Random(seed)
+    task = TASKS[rng.choice(tasks)]
+    room = rng.choice(task.rooms)
+    scene = make_scene(room, rng.randrange(*scenes))
+    _, usual, rare = ROOMS[room]
+    ability, _, _, tool = TREATMENTS.get(task.treatment, (None,) * 4)
+
+    def homes(o: str, furniture: list[Furniture], but: str | None = None) -> list[Furniture]:
+        return [f for f in furniture if f.kind != but and o in CONTAINS[f.kind]]
+
+    wanted = [o for o in f"{usual} {rare}".split() if ability is None or o in ABILITIES[ability]]
+    if task is TASKS["look"]:
+        pairs = [(o, "desklamp") for o in wanted if homes(o, scene)]
+    else:
+        kinds = sorted({f.kind for f in scene} - {tool})
+        pairs = [(o, r) for o in wanted for r in kinds if o in CONTAINS[r] and homes(o, scene, but=r)]
+    o, r = rng.choice(pairs)
+
+    # What the task needs is kept whatever the limits are.
+    stands = [f for f in scene if f.kind in LAMP_STANDS]
+    needed = [rng.choice(homes(o, scene, but=r)), rng.choice(stands if r == "desklamp" else [f for f in scene if f.kind == r])]
+    needed += [f for f in scene if f.kind == tool][:1]
+    others = [f for f in scene if f not in needed]
+    spare = len(scene) if receptacles is None else max(receptacles - len(set(needed)), 0)
+    keep = {f.id for f in needed + rng.sample(others, min(spare, len(others)))}
+    scene = [f for f in scene if f.id in keep]
+
+    things = [other for other in usual.split() for _ in range(rng.randint(1, 3)) if other != o]
+    things += [other for other in rare.split() if other != o and rng.random() < 0.4]
+    rng.shuffle(things)
+    things = [o] * (rng.randint(1, 2) + (task is TASKS["pick2"])) + things
+    things = things[: len(things) if objects is None else objects]
+
+    types = {"agent1": "agent", "loc_bar_99": "location"}
+    facts: list[Atom] = [("atlocation", "agent1", "loc_bar_99")]
+    for f in scene:
+        types |= {f.id: "receptacle", f.place: "location", f"{f.kind}type": "rtype"}
+        facts += [("receptacletype", f.id, f"{f.kind}type"), ("receptacleatlocation", f.id, f.place)]
+        facts += [("openable", f.id)] * f.is_openable
+        facts += [("cancontain", f"{f.kind}type", f"{thing}type") for thing in CONTAINS[f.kind] & set(things)]
+
+    def put(kind: str, number: int, options: list[Furniture]) -> None:
+        """Lay an object of this kind somewhere, most likely on a table."""
+        where = rng.choices(options, [5 if f.kind in TABLES else 1 for f in options])[0]
+        raw = f"{kind}_bar_{number:02}"
+        types.update({raw: "object", f"{kind}type": "otype"})
+        facts.extend([("objecttype", raw, f"{kind}type"), ("inreceptacle", raw, where.id)])
+        facts.extend([("objectatlocation", raw, where.place), ("toggleable" if kind == "desklamp" else "pickupable", raw)])
+        facts.extend((ability, raw) for ability, kinds in ABILITIES.items() if kind in kinds)
+
+    for i, thing in enumerate(things):
+        if options := homes(thing, scene, but=r if thing == o else None):
+            put(thing, i, options)
+    if r == "desklamp":
+        put(r, 0, [f for f in scene if f.kind in LAMP_STANDS])
+    goal = read_form(task.goal.format(o=o, r=r))[0]
+    return Game(types, facts, goal, rng.choice(task.sentences).format(o=o, r=r), task.type)
