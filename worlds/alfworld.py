@@ -24,7 +24,7 @@ from bisect import insort
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
-from itertools import permutations, product
+from heapq import heappop, heappush
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +37,9 @@ Atom = tuple[str, ...]  # a ground fact, ("inreceptacle", "mug_bar_1", "cabinet_
 # Every predicate of the domain and its number of arguments. The engine lower-cases whatever it reads.
 PREDICATES = {
     **dict.fromkeys("openable opened full checked examined holdsany holdsanyreceptacleobject".split(), 1),
-    **dict.fromkeys("isclean ishot iscool issliced istoggled ison isreceptacleobject isreceptacleobjectfull".split(), 1),
+    **dict.fromkeys(
+        "isclean ishot iscool issliced istoggled ison isreceptacleobject isreceptacleobjectfull".split(), 1
+    ),
     **dict.fromkeys("cleanable heatable coolable sliceable toggleable pickupable moveable".split(), 1),
     **dict.fromkeys("atlocation receptacleatlocation objectatlocation inreceptacle wasinreceptacle".split(), 2),
     **dict.fromkeys("inreceptacleobject receptacletype objecttype cancontain holds".split(), 2),
@@ -396,7 +398,9 @@ class State:
             case "look":
                 return self.look()
             case "inventory":
-                return f"You are carrying: a {game.names[self.held]}." if self.held else "You are not carrying anything."
+                return (
+                    f"You are carrying: a {game.names[self.held]}." if self.held else "You are not carrying anything."
+                )
             case "help":
                 return HELP
             case "go":
@@ -644,9 +648,7 @@ class Task(NamedTuple):
 PLACE = "(exists (?r - receptacle ?o - object) (and {} (objectType ?o {{o}}Type) (receptacleType ?r {{r}}Type)"
 PLACE += " (inReceptacle ?o ?r)))"
 TASKS = {
-    "pick": Task(
-        "pick_and_place_simple", tuple(ROOMS), ("put a {o} in {r}", "put some {o} on {r}"), PLACE.format("")
-    ),
+    "pick": Task("pick_and_place_simple", tuple(ROOMS), ("put a {o} in {r}", "put some {o} on {r}"), PLACE.format("")),
     "look": Task(
         "look_at_obj_in_light",
         ("bedroom", "living room"),
@@ -736,7 +738,10 @@ def make_game(
 
     # What the task needs is kept whatever the limits are.
     stands = [f for f in scene if f.kind in LAMP_STANDS]
-    needed = [rng.choice(homes(o, scene, but=r)), rng.choice(stands if r == "desklamp" else [f for f in scene if f.kind == r])]
+    needed = [
+        rng.choice(homes(o, scene, but=r)),
+        rng.choice(stands if r == "desklamp" else [f for f in scene if f.kind == r]),
+    ]
     needed += [f for f in scene if f.kind == tool][:1]
     others = [f for f in scene if f not in needed]
     spare = len(scene) if receptacles is None else max(receptacles - len(set(needed)), 0)
@@ -763,7 +768,9 @@ def make_game(
         raw = f"{kind}_bar_{number:02}"
         types.update({raw: "object", f"{kind}type": "otype"})
         facts.extend([("objecttype", raw, f"{kind}type"), ("inreceptacle", raw, where.id)])
-        facts.extend([("objectatlocation", raw, where.place), ("toggleable" if kind == "desklamp" else "pickupable", raw)])
+        facts.extend(
+            [("objectatlocation", raw, where.place), ("toggleable" if kind == "desklamp" else "pickupable", raw)]
+        )
         facts.extend((ability, raw) for ability, kinds in ABILITIES.items() if kind in kinds)
 
     for i, thing in enumerate(things):
@@ -773,3 +780,221 @@ def make_game(
         put(r, 0, [f for f in scene if f.kind in LAMP_STANDS])
     goal = read_form(task.goal.format(o=o, r=r))[0]
     return Game(types, facts, goal, rng.choice(task.sentences).format(o=o, r=r), task.type)
+
+
+# ------------------------------------------------------------------------------------------- planning
+
+
+def errands(state: State, way: frozenset[Atom]) -> Iterator[list[Atom]]:
+    """What brings one nearer to a way to win: fetch an object, treat it, put it away, use a lamp, go to a place."""
+    game, held, missing = state.game, state.held, sorted(way - state.facts)
+
+    def reach(r: str, inside: bool = True) -> list[Atom]:
+        must_open = inside and not state.is_accessible(r)
+        return [("go", r)] * (game.place[r] != state.place) + [("open", r)] * must_open
+
+    if held is None:
+        for o in sorted({name for fact in missing for name in fact[1:]} & game.portable):
+            yield from ([*reach(r), ("take", o, r)] for r in game.receptacles if o in state.contents[r])
+    else:
+        treatments = [verb for verb, (_, after, _, _) in TREATMENTS.items() if (after, held) in missing]
+        for verb in treatments:
+            ability, _, _, tool = TREATMENTS[verb]
+            tools = [r for r in game.receptacles if game.kind.get(r) == tool and (ability, held) in game.static]
+            yield from ([*reach(r, inside=False), (verb, held, r)] for r in tools)
+        is_needed = any(held in fact for fact in way)
+        for r in sorted(game.fits.get(held, ())):
+            if r in game.place and not treatments and (not is_needed or ("inreceptacle", held, r) in missing):
+                yield [*reach(r), ("move", held, r)]
+    for fact in missing:
+        if fact[0] == "istoggled" and ("toggleable", fact[1]) in game.static:
+            lamps = [r for r in game.receptacles if fact[1] in state.contents[r]]
+            yield from ([*reach(r, inside=False), ("use", fact[1])] for r in lamps)
+        elif fact[0] == "atlocation":
+            yield from ([("go", r)] for r in game.at.get(fact[2], [])[:1])
+
+
+def find_plan(state: State, way: frozenset[Atom], limit: int = 100) -> list[Atom] | None:
+    """The fewest actions after which the facts of `way` hold; None if there are none below `limit`.
+
+    Hands hold one object and every place is one `go to` away, so some shortest plan is a sequence of errands, and the
+    search for it, cheapest first, looks at a few dozen states.
+    """
+    queue, count = [(0, 0, state, [])], 0
+    while queue:
+        _, _, state, plan = heappop(queue)
+        if way <= state.facts:
+            return plan
+        for errand in errands(state, way):
+            if len(plan) + len(errand) < limit:
+                after, count = state.copy(), count + 1
+                for action in errand:
+                    after.apply(action)
+                heappush(queue, (len(plan) + len(errand), count, after, plan + errand))
+    return None
+
+
+# ------------------------------------------------------------------------------------ LaMer's episode
+
+
+class AlfWorld(Env):
+    """ALFWorld as LaMer plays it: 10 points at the winning turn, `turns` turns, admissible commands in the prompt.
+
+    Without `data` games are made, of the kinds in `tasks`; `receptacles` and `objects` limit a room's size, for small
+    models. With `data`, a folder of genuine games, its `train` and `valid_*` folders are used if there are such, else
+    every eighth game is kept for validation. Seeds from 2^31 on are validation tasks; `validation` says whether these
+    are set in rooms that also occur in training ("seen") or not ("unseen").
+    """
+
+    name = "alfworld"
+    warm_skill = 0.0
+    reply_format = "Think step by step, then give exactly one of the listed actions inside <action> </action>."
+
+    def __init__(
+        self,
+        data: str | None = None,
+        tasks: str = "pick,look,clean,heat,cool,pick2",
+        turns: int = 10,
+        receptacles: int | None = None,
+        objects: int | None = None,
+        validation: str = "unseen",
+    ):
+        self.tasks = tuple(task.strip() for task in tasks.split(","))
+        if unknown := [task for task in self.tasks if task not in TASKS]:
+            raise ValueError(f"--tasks is a list like {','.join(TASKS)}; there is no {unknown[0]!r}")
+        if turns < 1:
+            raise ValueError(f"alfworld needs at least one turn, got --turns {turns}")
+        for name, value in (("receptacles", receptacles), ("objects", objects)):
+            if value is not None and (data or value < 3):
+                raise ValueError(f"--{name} is at least 3, and for generated games only (no --data); got {value}")
+        if validation not in ("seen", "unseen"):
+            raise ValueError(f"--validation is seen or unseen, got {validation!r}")
+        self.turn_limit, self.size, self.validation, self.games = turns, (receptacles, objects), validation, None
+        if data is not None:
+            if not Path(data).is_dir():
+                raise ValueError(f"--data {data}: there is no such folder")
+            types = tuple(TASKS[task].type for task in self.tasks)
+            if (Path(data) / "train").is_dir():
+                splits = ("train", f"valid_{validation}")
+                self.games = [list_games(str(Path(data, split)), types) for split in splits]
+            else:
+                games = list_games(data, types)
+                self.games = [[g for i, g in enumerate(games) if i % 8] or games, games[::8]]
+
+    def reset(self, seed: int) -> tuple[str, dict[str, Any]]:
+        is_validation = seed >= 2**31
+        if self.games is not None:
+            games = self.games[is_validation]
+            self.start(load_game(*games[seed % len(games)]))
+        else:
+            seen = NUM_SCENES - NUM_UNSEEN
+            scenes = (seen, NUM_SCENES) if is_validation and self.validation == "unseen" else (0, seen)
+            self.start(make_game(seed, self.tasks, *self.size, scenes))
+        return self.observation, self.info()
+
+    def start(self, game: Game) -> None:
+        """Begin an episode of a given game."""
+        self.state, self.turns, self.done = State(game), 0, False
+        self.options = self.state.commands()
+        self.observation = self.state.intro()
+        self.plan: list[Atom] = []  # the expert's, as long as it is followed
+        self.seen: dict[str, str] = {}  # object -> the receptacle it was first seen in
+        self.looked: set[str] = set()  # receptacles looked into
+
+    def info(self) -> dict[str, Any]:
+        return {"won": self.state.won, "task_type": self.state.game.task_type}
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        if self.done:
+            return self.observation, 0.0, True, False, self.info()
+        self.turns += 1
+        meant = self.options.get(action.strip())
+        self.observation = "Nothing happens."
+        self.plan = self.plan[1:] if self.plan[:1] == [meant] else []
+        if meant is not None:
+            self.observation = self.state.apply(meant)
+            self.options = self.state.commands()
+            for r in meant[1:]:
+                if r in self.state.contents and self.state.is_accessible(r):
+                    self.looked.add(r)
+                    for o in self.state.contents[r]:
+                        self.seen.setdefault(o, r)
+        info = self.info()
+        self.done = info["won"] or self.turns >= self.turn_limit
+        return self.observation, 10.0 * info["won"], info["won"], self.done and not info["won"], info
+
+    def rules(self, style: str = "full") -> str:
+        if style == "compact":
+            return ""
+        return (
+            "You are a skilled helper in a household, which you experience through text only. You are given a task, "
+            "such as putting an object somewhere, cleaned, heated or cooled if it says so, or holding it in the light "
+            "of a lamp. Go to a place to see what is there, open what is closed, and carry one object at a time.\n"
+            f"You have {self.turn_limit} turns of one action each. Rooms and objects are the same in every episode."
+        )
+
+    def parse(self, reply: str) -> tuple[str, bool]:
+        text = reply.lower()
+        start, end = text.find("<action>"), text.find("</action>")
+        if start < 0 or end < 0:
+            return text[-30:], False  # what the original then sends as the command
+        return text[start + 8 : end].strip(), True
+
+    def actions(self) -> list[str]:
+        return sorted(command for command in self.options if command != "help")
+
+    def anchor(self) -> str:
+        """What differs from the start: equal in equal states of the same game."""
+        return " ".join(" ".join(fact) for fact in sorted(self.state.facts ^ self.state.game.start))
+
+    def scripted(self, skill: float, rng: random.Random, memory: Sequence[str] = ()) -> str:
+        action = self.expert() if rng.random() < skill else self.novice(rng, memory)
+        return f"<action>{self.state.game.say(action)}</action>"
+
+    def expert(self) -> Atom:
+        """The first action of a shortest way to win."""
+        if not self.plan:
+            for way in self.state.game.goal:
+                plan = find_plan(self.state, way, len(self.plan) or 100)
+                self.plan = plan or self.plan
+        return self.plan[0] if self.plan else ("look",)
+
+    def novice(self, rng: random.Random, memory: Sequence[str]) -> Atom:
+        """Knows what to do with things, not where they are: looks where its notes say, else anywhere not yet seen."""
+        state, game = self.state, self.state.game
+        if rng.random() < 0.1:
+            return rng.choice([self.options[command] for command in self.actions()])
+        best = None
+        for way in game.goal:
+            objects = self.wanted([way])
+            unknown = [o for o in objects if o not in self.seen and o != state.held]
+            if unknown:  # as far as one can go with what has been seen: a lamp waits until the object is in hand
+                way = frozenset(fact for fact in way if set(fact) & game.portable and not set(fact) & set(unknown))
+            plan = find_plan(state, way)
+            if plan is not None and (best is None or (len(unknown), len(plan)) < best[:2]):
+                best = (len(unknown), len(plan), plan)
+        if best is not None and best[2]:
+            return best[2][0]
+        unlooked = [r for r in game.receptacles if r not in self.looked]
+        wanted = {game.names[o] for o in self.wanted(game.goal) if o not in self.seen}
+        notes = re.findall(r"(\w+ \d+) in (\w+ \d+)", " ".join(memory))
+        told = [r for r in unlooked if any(o in wanted and game.names[r] == name for o, name in notes)]
+        if not told or rng.random() < 0.2:
+            empty = {name for note in memory if note.startswith("no ") for name in re.findall(r"\w+ \d+", note)}
+            told = [r for r in unlooked if game.names[r] not in empty] or unlooked
+        here = [r for r in told if r in state.here]
+        if here:
+            return ("examine" if state.is_accessible(here[0]) else "open", here[0])
+        return ("go", rng.choice(told)) if told else ("look",)
+
+    def wanted(self, ways: Iterable[frozenset[Atom]]) -> list[str]:
+        """The objects these ways to win need, lamps included."""
+        return sorted({name for way in ways for fact in way for name in fact[1:]} & self.state.game.fits.keys())
+
+    def scripted_reflection(self, rng: random.Random) -> str:
+        names, wanted = self.state.game.names, self.wanted(self.state.game.goal)
+        found = [f"{names[o]} in {names[r]}" for o, r in self.seen.items() if o in wanted]
+        if found:
+            return f"<remark>{', '.join(found)}</remark>"
+        kind = self.state.game.kind[wanted[0]] if wanted else "luck"
+        return f"<remark>no {kind} in {', '.join(names[r] for r in sorted(self.looked))}</remark>"
