@@ -8,7 +8,7 @@ Three parts, top to bottom:
 3. `AlfWorld`: LaMer's episode around it (paper, section 5; ten turns, 10 points at the winning one), and a scripted
    player, whose expert takes the shortest way and whose novice searches and reads its memory.
 
-    env = AlfWorld()                            # generated games; AlfWorld(data=DIR) for genuine ones, in either dialect
+    env = AlfWorld()                          # generated games; AlfWorld(data=DIR) for genuine ones, in either dialect
     observation, info = env.reset(seed=7)
     observation, reward, terminated, truncated, info = env.step("go to cabinet 1")
     python train.py --env worlds/alfworld.py:AlfWorld
@@ -34,19 +34,15 @@ from envs import Env, derive_seed
 
 Atom = tuple[str, ...]  # a ground fact, ("inreceptacle", "mug_bar_1", "cabinet_bar_2"), or an action, ("open", "...")
 
-# Every predicate of the domain and its number of arguments. The engine lower-cases whatever it reads.
-PREDICATES = {
-    **dict.fromkeys("openable opened full checked examined holdsany holdsanyreceptacleobject".split(), 1),
-    **dict.fromkeys(
-        "isclean ishot iscool issliced istoggled ison isreceptacleobject isreceptacleobjectfull".split(), 1
-    ),
-    **dict.fromkeys("cleanable heatable coolable sliceable toggleable pickupable moveable".split(), 1),
-    **dict.fromkeys("atlocation receptacleatlocation objectatlocation inreceptacle wasinreceptacle".split(), 2),
-    **dict.fromkeys("inreceptacleobject receptacletype objecttype cancontain holds".split(), 2),
-}
-CHANGING = set("atlocation objectatlocation opened inreceptacle holds isclean ishot iscool issliced istoggled".split())
-UNUSED = set("full checked examined holdsany holdsanyreceptacleobject isreceptacleobjectfull moveable".split())
-UNUSED |= {"wasinreceptacle"}  # the domain's book-keeping, which no rule, text or goal depends on
+# The domain's predicates of one argument and of two. The engine lower-cases whatever it reads.
+UNARY = """opened isclean ishot iscool issliced istoggled openable ison cleanable heatable coolable sliceable toggleable
+    pickupable isreceptacleobject full checked examined holdsany holdsanyreceptacleobject isreceptacleobjectfull moveable"""
+BINARY = """atlocation objectatlocation inreceptacle holds receptacleatlocation inreceptacleobject receptacletype
+    objecttype cancontain wasinreceptacle"""
+PREDICATES = dict.fromkeys(UNARY.split(), 1) | dict.fromkeys(BINARY.split(), 2)
+CHANGING = {*UNARY.split()[:6], *BINARY.split()[:4]}
+# What a goal may ask for: all but the book-keeping that no rule and no text depends on.
+CONDITIONS = {name: PREDICATES[name] for name in UNARY.split()[:15] + BINARY.split()[:-1]}
 
 
 class Form(list):
@@ -81,38 +77,36 @@ def read_form(text: str) -> Form:
     return stack[0]
 
 
-def typed_names(names: Form, start: int = 0) -> list[tuple[str, str]]:
+def typed_names(names: Form) -> list[tuple[str, str]]:
     """(name, type) pairs of a typed list: ["?a", "?b", "-", "agent"] -> [("?a", "agent"), ("?b", "agent")]."""
-    pairs, untyped, tokens = [], [], iter(names[start:])
-    for token in tokens:
+    pairs, untyped, is_type = [], [], False
+    for token in names:
         if not isinstance(token, str):
             raise ValueError(f"line {names.line}: a list where a name is due in {names}")
-        if token == "-":
-            kind = next(tokens, None)
-            if not isinstance(kind, str):
-                raise ValueError(f"line {names.line}: no type after the last dash of {names}")
-            pairs += [(name, kind) for name in untyped]
+        if is_type:
+            pairs.extend((name, token) for name in untyped)
             untyped = []
-        else:
+        elif token != "-":
             untyped.append(token)
+        is_type = token == "-"
     if untyped:
-        raise ValueError(f"line {names.line}: {str(untyped[0])[:60]} has no type")
+        raise ValueError(f"line {names.line}: {untyped[0][:60]} has no type")
     return pairs
 
 
-def read_atom(form: Any) -> Atom:
-    """A fact or goal condition, checked against the domain."""
+def read_atom(form: Any, predicates: dict[str, int]) -> Atom:
+    """A fact or condition, checked against the domain."""
     if not isinstance(form, Form) or not form or not all(isinstance(part, str) for part in form):
         raise ValueError(f"line {getattr(form, 'line', 1)}: {str(form)[:80]} is no fact")
-    if form[0] not in PREDICATES:
+    if form[0] not in predicates:
         raise ValueError(f"line {form.line}: unknown predicate {form[0][:60]} in {form}")
-    if len(form) - 1 != PREDICATES[form[0]]:
-        raise ValueError(f"line {form.line}: {form[0]} takes {PREDICATES[form[0]]} arguments in {form}")
+    if len(form) - 1 != predicates[form[0]]:
+        raise ValueError(f"line {form.line}: {form[0]} takes {predicates[form[0]]} arguments in {form}")
     return tuple(form)
 
 
-def flatten_goal(form: Any, scope: dict[str, str], variables: list[tuple[str, str]], conditions: list[Atom]) -> None:
-    """Collect a goal of nested `and`, `exists` and `not (= ..)` as one list of variables and one of conditions."""
+def flatten_goal(form: Any, scope: dict[str, str], variables: dict[str, str], conditions: list[Atom]) -> None:
+    """Collect a goal of nested `and`, `exists` and `not (= ..)` as variables with their types, and conditions."""
     match form:
         case ["and", _, *_]:
             for part in form[1:]:
@@ -122,19 +116,13 @@ def flatten_goal(form: Any, scope: dict[str, str], variables: list[tuple[str, st
             scope = dict(scope)
             for name, kind in typed_names(names):
                 scope[name] = f"{name} {len(variables)}"  # the same name may stand in two places for two things
-                variables.append((scope[name], kind))
-            flatten_goal(body, scope, variables, conditions)
-            return
+                variables[scope[name]] = kind
+            return flatten_goal(body, scope, variables, conditions)
         case ["not", ["=", str() as x, str() as y]]:
-            condition = ("!=", x, y)
+            atom = ("!=", x, y)
         case _:
-            condition = read_atom(form)
-    if condition[0] in UNUSED:
-        raise ValueError(f"line {form.line}: the goal asks for {condition[0]}, which nothing here changes")
-    for name in condition[1:]:
-        if name.startswith("?") and name not in scope:
-            raise ValueError(f"line {form.line}: nothing binds {name[:60]} in {form}")
-    conditions.append((condition[0], *(scope.get(name, name) for name in condition[1:])))
+            atom = read_atom(form, CONDITIONS)
+    conditions.append(tuple(scope.get(name, name) for name in atom))
 
 
 class Game:
@@ -169,51 +157,46 @@ class Game:
         for inside, outside in table["inreceptacleobject"]:
             self.inner[outside].append(inside)
         self.start = {fact for fact in self.static if fact[0] in CHANGING}
-        # Only what can be carried ever changes its place, so a lamp on a desk is part of the furniture.
-        self.static -= {f for f in self.start if f[0] != "inreceptacle" or f[1] in self.portable}
+        self.static = {fact for fact in self.static if not self.can_change(fact)}
         self.goal = self.ground(goal)
-        self.travel: dict[str, list[Atom]] = {}
+        homes = {*self.at, next(fact[2] for fact in self.start if fact[0] == "atlocation")}
+        self.travel = {p: [("go", r) for r in self.receptacles if self.place[r] != p] for p in homes}
         self.said: dict[Atom, str] = {}
-        templates = TEMPLATES | {"move": "put {} in/on {}"} if old else TEMPLATES
-        self.templates = {verb: text.format for verb, text in templates.items()}
+
+    def can_change(self, fact: Atom) -> bool:
+        """Only what can be carried ever changes its receptacle, so a lamp on a desk is part of the furniture."""
+        return fact[0] in CHANGING and (fact[0] != "inreceptacle" or fact[1] in self.portable)
 
     def ground(self, goal: Form) -> list[frozenset[Atom]]:
         """Every assignment of the goal's variables that the unchanging facts allow, as what is left to be achieved."""
-        variables, conditions = [], []
+        variables, conditions = {}, []
         flatten_goal(goal, {}, variables, conditions)
-        depth = {name: i + 1 for i, (name, _) in enumerate(variables)}
+        depth = {name: i + 1 for i, name in enumerate(variables)}
+        for name in [name for condition in conditions for name in condition[1:]] + list(variables.values()):
+            if name not in depth and name not in self.types and name not in self.types.values():
+                raise ValueError(f"line {goal.line}: the goal names {name[:60]}, which is not declared")
         checks = [[] for _ in range(len(variables) + 1)]  # conditions by the last variable they need
         for condition in conditions:
             checks[max(depth.get(name, 0) for name in condition)].append(condition)
-        domain = {kind: [] for kind in ("agent", "location", "object", "otype", "receptacle", "rtype")}
-        for name, kind in self.types.items():
-            if name in self.names and kind in domain:
-                domain[kind].append(name)
-        for name in {name for condition in conditions for name in condition[1:]} - depth.keys() - self.types.keys():
-            raise ValueError(f"line {goal.line}: {name[:60]} in the goal is not declared")
-        for _, kind in variables:
-            if kind not in domain:
-                raise ValueError(f"line {goal.line}: unknown type {kind[:60]} in the goal")
+        domains = [[name for name in self.names if self.types.get(name) == kind] for kind in variables.values()]
         found: dict[frozenset[Atom], None] = {}
         bound: dict[str, str] = {}
+        tries = 0
 
         def extend(level: int, needed: frozenset[Atom]) -> None:
+            nonlocal tries
+            if (tries := tries + 1) > 100_000:
+                raise ValueError(f"line {goal.line}: the goal has too many variables")
             for condition in checks[level]:
                 atom = tuple(bound.get(name, name) for name in condition)
-                if atom[0] == "!=":
-                    if atom[1] == atom[2]:
-                        return
-                elif atom not in self.static:
-                    if atom[0] not in CHANGING or (atom[0] == "inreceptacle" and atom[1] not in self.portable):
-                        return
+                if self.can_change(atom):
                     needed = needed | {atom}
+                elif atom[1] == atom[2] if atom[0] == "!=" else atom not in self.static:
+                    return
             if level == len(variables):
                 found[needed] = None
-                if len(found) > 5000:
-                    raise ValueError(f"line {goal.line}: the goal can be met in more than 5000 ways")
                 return
-            name, kind = variables[level]
-            for bound[name] in domain[kind]:
+            for bound[list(variables)[level]] in domains[level]:
                 extend(level + 1, needed)
 
         extend(0, frozenset())
@@ -222,14 +205,12 @@ class Game:
     def say(self, action: Atom) -> str:
         """An action as the command a player types."""
         if action not in self.said:
-            self.said[action] = self.templates[action[0]](*map(self.names.get, action[1:]))
+            verb, *ids = action
+            start, link = COMMANDS.get(verb, (verb, "with"))
+            if self.old and verb == "move":
+                start, link = "put", "in/on"
+            self.said[action] = " ".join([start, f" {link} ".join(self.names[i] for i in ids)]).strip()
         return self.said[action]
-
-    def ways(self, place: str) -> list[Atom]:
-        """The `go to` actions from a place."""
-        if place not in self.travel:
-            self.travel[place] = [("go", r) for r in self.receptacles if self.place[r] != place]
-        return self.travel[place]
 
 
 def shown_names(ids: Iterable[str]) -> dict[str, str]:
@@ -250,19 +231,19 @@ def parse_problem(text: str, task: str, task_type: str, old: bool = False, sourc
         if len(forms) != 1 or forms[0][:1] != ["define"]:
             raise ValueError("line 1: a problem is one list (define (problem ..) ..)")
         sections = {part[0]: part for part in forms[0] if isinstance(part, Form) and part and isinstance(part[0], str)}
-        for name in (":objects", ":init", ":goal"):
-            if name not in sections:
-                raise ValueError(f"line {forms[0].line}: there is no ({name} ..)")
-        objects, init, goal = sections[":objects"], sections[":init"], sections[":goal"]
-        types = dict(typed_names(objects, start=1))
+        objects, init, goal = (sections.get(name, Form()) for name in (":objects", ":init", ":goal"))
+        objects[:1] = []
+        types = dict(typed_names(objects))
         agents = [name for name, kind in types.items() if kind == "agent"]
         if len(agents) != 1:
-            raise ValueError(f"line {objects.line}: {len(agents)} agents ({', '.join(agents)}); only one can play here")
+            raise ValueError(
+                f"line {objects.line}: there must be one agent, not {len(agents)} ({' '.join(agents)[:60]})"
+            )
         facts = []
         for form in init[1:]:
             if form[:1] == ["="]:  # distances and costs, which no text game uses
                 continue
-            facts.append(read_atom(form))
+            facts.append(read_atom(form, PREDICATES))
             for name in form[1:]:
                 if name not in types:
                     raise ValueError(f"line {form.line}: {name[:60]} in {form} is not declared")
@@ -277,27 +258,21 @@ def parse_problem(text: str, task: str, task_type: str, old: bool = False, sourc
 
 # --------------------------------------------------------------------------------------- the simulator
 
-TEMPLATES = {
-    "look": "look",
-    "inventory": "inventory",
-    "help": "help",
-    "go": "go to {}",
-    "open": "open {}",
-    "close": "close {}",
-    "take": "take {} from {}",
-    "move": "move {} to {}",
-    "examine": "examine {}",
-    "use": "use {}",
-    "clean": "clean {} with {}",
-    "heat": "heat {} with {}",
-    "cool": "cool {} with {}",
-    "slice": "slice {} with {}",
-}
-# verb: (which objects, what they become, what they cease to be, in which receptacles)
+COMMANDS = {"go": ("go to", ""), "take": ("take", "from"), "move": ("move", "to")}  # others: verb x, verb x with y
+# verb: which objects, what they become, where
 TREATMENTS = {
-    "clean": ("cleanable", "isclean", None, "sinkbasin"),
-    "heat": ("heatable", "ishot", "iscool", "microwave"),
-    "cool": ("coolable", "iscool", "ishot", "fridge"),
+    "clean": ("cleanable", "isclean", "sinkbasin"),
+    "heat": ("heatable", "ishot", "microwave"),
+    "cool": ("coolable", "iscool", "fridge"),
+}
+EFFECTS = {  # verb: what its object becomes, what it ceases to be, feedback
+    "open": ("opened", None, "You open the {}. "),
+    "close": (None, "opened", "You close the {}."),
+    "use": ("istoggled", None, "You turn on the {}."),
+    "slice": ("issliced", None, "You sliced the {} with the {}."),
+    "clean": ("isclean", None, "You clean the {} using the {}."),
+    "heat": ("ishot", "iscool", "You heat the {} using the {}."),
+    "cool": ("iscool", "ishot", "You cool the {} using the {}."),
 }
 HELP = """Available commands:
   look:                             look around your current location
@@ -316,18 +291,14 @@ HELP = """Available commands:
 """
 
 
-def listing(names: Sequence[str], article: str = "a ") -> str:
-    """["mug 2", "mug 1"] -> "a mug 2, and a mug 1"; "nothing" if there are none."""
-    names = [article + name for name in names]
-    return ", ".join(names[:-1]) + f", and {names[-1]}" if len(names) > 1 else "".join(names) or "nothing"
-
-
 class State:
-    """A game being played. `facts` is the truth; the other fields repeat parts of it for speed."""
+    """A game being played. `facts` is the truth, the other fields repeat parts of it for speed.
+
+    Beside the domain's facts there is ("notin", o, r) for an object taken out of r and not put back, which `look` reads.
+    """
 
     def __init__(self, game: Game):
         self.game, self.facts = game, set(game.start)
-        # Facts of the engine that only `look` reads: ("notin", o, r) for o taken out of r and not put back into it.
         self.contents = {r: [] for r in game.receptacles}  # in the order of ids
         for o, r in sorted(fact[1:] for fact in game.start if fact[0] == "inreceptacle"):
             if r in self.contents:
@@ -357,7 +328,7 @@ class State:
         """Whatever may be done now, in no particular order and perhaps twice."""
         game, facts, held = self.game, self.facts, self.held
         yield from (("look",), ("inventory",)) if game.old else (("look",), ("inventory",), ("help",))
-        yield from game.ways(self.place)
+        yield from game.travel[self.place]
         for r in self.here:
             yield "examine", r
             if r in game.openable:
@@ -376,7 +347,7 @@ class State:
         if held is None:
             return
         yield "examine", held
-        for verb, (ability, _, _, tool) in TREATMENTS.items():
+        for verb, (ability, _, tool) in TREATMENTS.items():
             if (ability, held) in game.static:
                 yield from ((verb, held, r) for r in self.here if game.kind.get(r) == tool)
         if game.kind.get(held) in ("knife", "butterknife"):
@@ -391,16 +362,14 @@ class State:
 
     def apply(self, action: Atom) -> str:
         """Carry out an action that is allowed and return the feedback."""
-        game, facts, verb = self.game, self.facts, action[0]
+        game, facts, held, verb = self.game, self.facts, self.held, action[0]
         x, y = (*action[1:], None, None)[:2]
         a, b = game.names.get(x), game.names.get(y)
         match verb:
             case "look":
                 return self.look()
             case "inventory":
-                return (
-                    f"You are carrying: a {game.names[self.held]}." if self.held else "You are not carrying anything."
-                )
+                return f"You are carrying: a {game.names[held]}." if held else "You are not carrying anything."
             case "help":
                 return HELP
             case "go":
@@ -408,12 +377,6 @@ class State:
                 self.place = game.place[x]
                 facts.add(("atlocation", game.agent, self.place))
                 return f"You arrive at {game.names[self.place] if game.old else a}. {self.describe(x)}"
-            case "open":
-                facts.add(("opened", x))
-                return f"You open the {a}. {self.describe(x)}"
-            case "close":
-                facts.discard(("opened", x))
-                return f"You close the {a}."
             case "take":
                 facts -= {("inreceptacle", x, y), ("objectatlocation", x, self.place)}
                 facts |= {("holds", game.agent, x), ("notin", x, y)}
@@ -429,17 +392,11 @@ class State:
                 return f"You put the {a} in/on the {b}." if game.old else f"You move the {a} to the {b}."
             case "examine":
                 return self.describe(x) if x in self.contents else self.inspect(x)
-            case "use":
-                facts.add(("istoggled", x))
-                return f"You turn on the {a}."
-            case "slice":
-                facts.add(("issliced", x))
-                return f"You sliced the {a} with the {b}."
             case _:
-                _, after, before, _ = TREATMENTS[verb]
-                facts.discard((before, x))
-                facts.add((after, x))
-                return f"You {verb} the {a} using the {b}."
+                gained, lost, feedback = EFFECTS[verb]
+                facts.discard((lost, x))
+                facts |= {(gained, x)} if gained else set()
+                return feedback.format(a, b) + (self.describe(x) if verb == "open" else "")
 
     def intro(self) -> str:
         """The first observation: the room and the task."""
@@ -447,37 +404,33 @@ class State:
         return f"-= Welcome to TextWorld, ALFRED! =-\n\n{room}\n\nYour task is to: {self.game.task}."
 
     def listing(self, ids: Iterable[str], article: str = "a ") -> str:
-        return listing([self.game.names[i] for i in ids], article)
+        """Two mugs give "a mug 2, and a mug 1"; none "nothing"."""
+        names = [article + self.game.names[i] for i in ids]
+        return ", ".join(names[:-1]) + f", and {names[-1]}" if len(names) > 1 else "".join(names) or "nothing"
 
     def look(self) -> str:
         if not self.here:
             return "You are in the middle of a room. Looking quickly around you, you see nothing."
         # The engine lists what was carried from one receptacle of this place to another, once per receptacle it left.
-        around = [
-            o
-            for o in self.game.fits
-            for r in self.here
-            if ("objectatlocation", o, self.place) in self.facts and ("notin", o, r) in self.facts
-        ]
+        lying = [o for o in self.game.fits if ("objectatlocation", o, self.place) in self.facts]
+        around = [o for o in lying for r in self.here if ("notin", o, r) in self.facts]
         return f"You are facing the {self.listing(self.here, '')}. Next to it, you see {self.listing(around)}."
 
     def describe(self, r: str) -> str:
         """What a receptacle shows."""
         if not self.is_accessible(r):
             return f"The {self.game.names[r]} is closed."
-        start = f"The {{}} is open. In it, you see" if r in self.game.openable else "On the {}, you see"
+        start = "The {} is open. In it, you see" if r in self.game.openable else "On the {}, you see"
         return f"{start.format(self.game.names[r])} {self.listing(self.contents[r])}."
 
     def inspect(self, o: str) -> str:
         """What a held object shows."""
         game, name = self.game, self.game.names[o]
-        clean, hot, cool, sliced, on = (
-            (state, o) in self.facts for state in ("isclean", "ishot", "iscool", "issliced", "istoggled")
-        )
+        states = ("isclean", "ishot", "iscool", "issliced", "istoggled")
+        clean, hot, cool, sliced, on = ((state, o) in self.facts for state in states)
         if ("isreceptacleobject", o) in game.static:
             return f"This is a normal {name}. In it, you see {self.listing(game.inner[o])}."
-        words = ["hot"] * hot or ["cool"] * cool
-        words = " and ".join(words + ["clean"] * clean)
+        words = " and ".join((["hot"] * hot or ["cool"] * cool) + ["clean"] * clean)
         if words:
             return f"This is a {'cold' if words == 'cool' and not sliced else words}{' sliced' * sliced} {name}."
         if on and ("toggleable", o) in game.static:
@@ -496,19 +449,16 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; ValueError in one line if there is none."""
     try:
         if (size := path.stat().st_size) > MAX_BYTES:
-            raise ValueError(f"{path}: {size:,} bytes is more than any game file has")
-        data = json.loads(path.read_text(encoding="utf-8"))
+            raise ValueError(f"{size:,} bytes is more than any game file has")
+        if not isinstance(data := json.loads(path.read_text(encoding="utf-8")), dict):
+            raise ValueError("line 1: not a JSON object")
+        return data
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}, byte {error.start}: not UTF-8 text") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno} column {error.colno}: not JSON: {error.msg}") from None
-    except RecursionError:
-        raise ValueError(f"{path}: brackets are nested too deeply") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"{path}, line 1: not a JSON object")
-    return data
+    except (ValueError, RecursionError) as error:  # a JSONDecodeError names line and column
+        raise ValueError(f"{path}: {error}") from None
 
 
 @lru_cache(maxsize=256)
@@ -535,7 +485,8 @@ def list_games(folder: str, types: tuple[str, ...]) -> list[tuple[str, str]]:
     games, skipped = [], "no traj_data.json anywhere"
     for root, _, files in sorted(os.walk(folder)):
         game, trajectory = Path(root, "game.tw-pddl"), Path(root, "traj_data.json")
-        if not {game.name, trajectory.name} & set(files) or "movable" in root or "Sliced" in root:
+        inside = os.path.relpath(root, folder)
+        if not {game.name, trajectory.name} & set(files) or "movable" in inside or "Sliced" in inside:
             continue
         if trajectory.name not in files:
             raise ValueError(f"{trajectory}: missing, though there is a {game.name}")
@@ -544,7 +495,7 @@ def list_games(folder: str, types: tuple[str, ...]) -> list[tuple[str, str]]:
         elif read_json(game).get("solvable") is not True:
             skipped = f"{game} is not marked as solvable"
         elif (task_type := read_json(trajectory).get("task_type")) not in types:
-            skipped = f"{trajectory} has task type {task_type!r}"
+            skipped = f"{trajectory} has task type {task_type!r:.60}"
         else:
             load_game(str(game), task_type)
             games.append((str(game), task_type))
@@ -555,135 +506,121 @@ def list_games(folder: str, types: tuple[str, ...]) -> list[tuple[str, str]]:
 
 # ----------------------------------------------------------------------------------- generated games
 
+
+def table(text: str) -> dict[str, list[str]]:
+    """A table from lines "key key: word word"."""
+    rows = [line.partition(": ") for line in text.strip().splitlines()]
+    return {key: words.split() for keys, _, words in rows for key in keys.split()}
+
+
 FOOD, CUTLERY = "apple bread egg lettuce potato tomato", "butterknife fork knife ladle spatula spoon"
 CROCKERY, POTS, BOTTLES = "bowl cup mug plate", "kettle pan pot", "glassbottle winebottle"
 SHAKERS, SMALL, DECOR = "peppershaker saltshaker", "cd cellphone creditcard keychain watch", "statue vase"
+PAPER, WASHED = "book newspaper pen pencil", "apple egg lettuce potato tomato cloth dishsponge soapbar"
 BATH = "candle cloth dishsponge handtowel soapbar soapbottle spraybottle tissuebox toiletpaper"
-PAPER = "book newspaper pen pencil"
-SEAT = "basketball book box cellphone cloth creditcard keychain laptop newspaper pillow remotecontrol"
 DRESSER = f"{CROCKERY} {BOTTLES} {SMALL} {DECOR} {PAPER} alarmclock basketball box candle cloth laptop remotecontrol"
-DRESSER += " spraybottle tennisracket tissuebox toiletpaper wateringcan"
-SURFACE = f"{DRESSER} {FOOD} {CUTLERY} {POTS} {SHAKERS} {BATH} baseballbat"
-CONTAINS = {  # receptacle: objects it takes (ALFRED's relation, for the objects that occur here)
-    **dict.fromkeys("coffeetable countertop diningtable sidetable".split(), SURFACE),
-    **dict.fromkeys("armchair ottoman sofa".split(), SEAT),
-    "bathtubbasin": "cloth dishsponge handtowel soapbar",
-    "bed": "baseballbat basketball book cellphone laptop newspaper pillow tennisracket",
-    "cabinet": f"{BATH} {CROCKERY} {BOTTLES} {POTS} {SHAKERS} book box cd ladle newspaper plunger vase wateringcan",
-    "cart": f"{BATH} mug plunger statue vase",
-    "coffeemachine": "mug",
-    "desk": f"{DRESSER} soapbottle",
-    "drawer": f"{BATH} {CUTLERY} {SHAKERS} {SMALL} {PAPER} remotecontrol wateringcan",
-    "dresser": DRESSER,
-    "fridge": f"{FOOD} {CROCKERY} {BOTTLES} pan pot",
-    "garbagecan": f"{FOOD} {BATH.removeprefix('candle')} cd newspaper pen pencil winebottle",
-    "handtowelholder": "handtowel",
-    "laundryhamper": "cloth",
-    "microwave": f"{CROCKERY} apple bread egg potato tomato glassbottle",
-    "safe": f"{SMALL} {DECOR}",
-    "shelf": f"{BATH} {CROCKERY} {BOTTLES} {SHAKERS} {SMALL} {DECOR} {PAPER} alarmclock box kettle pot remotecontrol"
-    " wateringcan",
-    "sinkbasin": f"{CUTLERY} {CROCKERY} {POTS} apple egg lettuce potato tomato cloth dishsponge handtowel soapbar"
-    " glassbottle",
-    "stoveburner": POTS,
-    "toaster": "",
-    "toilet": f"{BATH} newspaper",
-    "toiletpaperhanger": "toiletpaper",
-    "towelholder": "towel",
-    "tvstand": "tissuebox",
-}
-CONTAINS = {receptacle: frozenset(objects.split()) for receptacle, objects in CONTAINS.items()}
-ABILITIES = {
-    "heatable": "apple bread cup egg mug plate potato tomato",
-    "coolable": f"{FOOD} {CROCKERY} pan pot winebottle",
-    "cleanable": f"{CUTLERY} {CROCKERY} {POTS} apple egg lettuce potato tomato cloth dishsponge soapbar",
-    "sliceable": FOOD,
-    "isreceptacleobject": f"{CROCKERY} box pan pot",
-}
-ABILITIES = {ability: frozenset(objects.split()) for ability, objects in ABILITIES.items()}
+DRESSER += " spraybottle tennisracket tissuebox toiletpaper wateringcan desklamp"
+# Which receptacle takes which objects: ALFRED's relation, for the objects that occur here, and where lamps stand.
+CONTAINS = table(f"""
+coffeetable countertop diningtable sidetable: {DRESSER} {FOOD} {CUTLERY} {POTS} {SHAKERS} {BATH} baseballbat
+armchair ottoman sofa: basketball book box cellphone cloth creditcard keychain laptop newspaper pillow remotecontrol
+bathtubbasin: cloth dishsponge handtowel soapbar
+bed: baseballbat basketball book cellphone laptop newspaper pillow tennisracket
+cabinet: {BATH} {CROCKERY} {BOTTLES} {POTS} {SHAKERS} book box cd ladle newspaper plunger vase wateringcan
+cart: {BATH} mug plunger statue vase
+coffeemachine: mug
+desk: {DRESSER} soapbottle
+drawer: {BATH} {CUTLERY} {SHAKERS} {SMALL} {PAPER} remotecontrol wateringcan
+dresser: {DRESSER}
+fridge: {FOOD} {CROCKERY} {BOTTLES} pan pot
+garbagecan: {FOOD} {BATH.removeprefix("candle")} cd newspaper pen pencil winebottle
+handtowelholder: handtowel
+laundryhamper: cloth
+microwave: {CROCKERY} apple bread egg potato tomato glassbottle
+safe: {SMALL} {DECOR}
+shelf: {BATH} {CROCKERY} {BOTTLES} {SHAKERS} {SMALL} {DECOR} {PAPER} alarmclock box desklamp kettle pot remotecontrol\
+ wateringcan
+sinkbasin: {CUTLERY} {CROCKERY} {POTS} {WASHED} glassbottle handtowel
+stoveburner: {POTS}
+toaster: nothing
+toilet: {BATH} newspaper
+toiletpaperhanger: toiletpaper
+towelholder: towel
+tvstand: tissuebox
+""")
+ABILITIES = table(f"""
+heatable: apple bread cup egg mug plate potato tomato
+coolable: {FOOD} {CROCKERY} pan pot winebottle
+cleanable: {CUTLERY} {CROCKERY} {POTS} {WASHED}
+sliceable: {FOOD}
+isreceptacleobject: {CROCKERY} box pan pot
+""")
+# Receptacles with the least and most pieces of each; objects, with ? those not always there.
+FURNITURE = table("""
+kitchen: cabinet 3-9 coffeemachine 1-1 countertop 1-3 diningtable 0-1 drawer 2-7 fridge 1-1 garbagecan 1-1\
+ microwave 1-1 shelf 0-2 sidetable 0-1 sinkbasin 1-1 stoveburner 2-4 toaster 1-1
+livingroom: armchair 1-2 cabinet 0-4 coffeetable 1-2 diningtable 0-1 drawer 1-6 dresser 0-1 garbagecan 1-1\
+ ottoman 0-1 safe 0-1 shelf 0-6 sidetable 1-3 sofa 1-2 tvstand 0-1
+bedroom: armchair 0-2 bed 1-1 cabinet 0-2 desk 1-2 drawer 2-8 dresser 0-1 garbagecan 1-1 laundryhamper 0-1\
+ safe 0-1 shelf 1-5 sidetable 1-2
+bathroom: bathtubbasin 0-1 cabinet 2-5 cart 0-1 countertop 1-2 drawer 0-5 garbagecan 1-1 handtowelholder 1-2\
+ shelf 0-2 sidetable 0-1 sinkbasin 1-2 toilet 1-1 toiletpaperhanger 1-1 towelholder 1-1
+""")
+OBJECTS = table(f"""
+kitchen: {FOOD} {CROCKERY} {SHAKERS} butterknife dishsponge fork knife pan pot soapbottle spatula spoon\
+ glassbottle? winebottle? statue? vase? kettle? ladle? cellphone? creditcard?
+livingroom: box creditcard keychain laptop newspaper pillow remotecontrol statue\
+ book? cellphone? pen? pencil? plate? tissuebox? vase? watch? wateringcan?
+bedroom: alarmclock book cd cellphone creditcard keychain laptop pen pencil pillow\
+ baseballbat? basketball? bowl? box? cloth? mug? statue? tennisracket? tissuebox?
+bathroom: candle cloth handtowel plunger soapbar soapbottle spraybottle toiletpaper towel dishsponge? tissuebox?
+""")
 OPENABLE = {"cabinet", "drawer", "fridge", "microwave", "safe"}
-TABLES = set("coffeetable countertop diningtable sidetable desk dresser bed sofa".split())  # where most things lie
-LAMP_STANDS = {"coffeetable", "desk", "diningtable", "dresser", "shelf", "sidetable"}
-
-# room: its furniture with least and most pieces, objects always there, objects sometimes there
-ROOMS = {
-    "kitchen": (
-        "cabinet 3-9 coffeemachine 1-1 countertop 1-3 diningtable 0-1 drawer 2-7 fridge 1-1 garbagecan 1-1 microwave 1-1"
-        " shelf 0-2 sidetable 0-1 sinkbasin 1-1 stoveburner 2-4 toaster 1-1",
-        f"{FOOD} {CROCKERY} {SHAKERS} butterknife dishsponge fork knife pan pot soapbottle spatula spoon",
-        f"{BOTTLES} {DECOR} kettle ladle cellphone creditcard",
-    ),
-    "living room": (
-        "armchair 1-2 cabinet 0-4 coffeetable 1-2 diningtable 0-1 drawer 1-6 dresser 0-1 garbagecan 1-1 ottoman 0-1"
-        " safe 0-1 shelf 0-6 sidetable 1-3 sofa 1-2 tvstand 0-1",
-        "box creditcard keychain laptop newspaper pillow remotecontrol statue",
-        "book cellphone pen pencil plate tissuebox vase watch wateringcan",
-    ),
-    "bedroom": (
-        "armchair 0-2 bed 1-1 cabinet 0-2 desk 1-2 drawer 2-8 dresser 0-1 garbagecan 1-1 laundryhamper 0-1 safe 0-1"
-        " shelf 1-5 sidetable 1-2",
-        "alarmclock book cd cellphone creditcard keychain laptop pen pencil pillow",
-        "baseballbat basketball bowl box cloth mug statue tennisracket tissuebox",
-    ),
-    "bathroom": (
-        "bathtubbasin 0-1 cabinet 2-5 cart 0-1 countertop 1-2 drawer 0-5 garbagecan 1-1 handtowelholder 1-2 shelf 0-2"
-        " sidetable 0-1 sinkbasin 1-2 toilet 1-1 toiletpaperhanger 1-1 towelholder 1-1",
-        "candle cloth handtowel plunger soapbar soapbottle spraybottle toiletpaper towel",
-        "dishsponge tissuebox",
-    ),
-}
+TABLES = {"coffeetable", "countertop", "diningtable", "sidetable", "desk", "dresser", "bed", "sofa"}  # for most things
 NUM_SCENES, NUM_UNSEEN = 30, 4  # per kind of room; the last ones are never trained in (ALFWorld: 4 scenes in all)
 
 
 class Task(NamedTuple):
-    """One of ALFWorld's six types of task."""
+    """A type of task; {o} stands for the kind of object, {r} for that of the receptacle or lamp."""
 
     type: str
-    rooms: tuple[str, ...]
-    sentences: tuple[str, str]  # {o} is the kind of object, {r} that of the receptacle or lamp
+    rooms: Sequence[str]
+    sentences: tuple[str, str]
     goal: str  # PDDL
-    treatment: str | None = None  # clean, heat or cool
 
 
-PLACE = "(exists (?r - receptacle ?o - object) (and {} (objectType ?o {{o}}Type) (receptacleType ?r {{r}}Type)"
-PLACE += " (inReceptacle ?o ?r)))"
+PLACED = """(exists (?r - receptacle ?o - object)
+    (and (objectType ?o {o}Type) (receptacleType ?r {r}Type) (inReceptacle ?o ?r)))"""
+BOTH_PLACED = """(exists (?r - receptacle ?o - object ?p - object)
+    (and (receptacleType ?r {r}Type) (objectType ?o {o}Type) (objectType ?p {o}Type) (not (= ?o ?p))
+        (inReceptacle ?o ?r) (inReceptacle ?p ?r)))"""
+HELD_IN_LIGHT = """(and
+    (exists (?o - object ?a - agent) (and (objectType ?o {o}Type) (holds ?a ?o)))
+    (exists (?l - object ?r - receptacle ?a - agent ?p - location)
+        (and (objectType ?l {r}Type) (toggleable ?l) (isToggled ?l) (inReceptacle ?l ?r)
+            (receptacleAtLocation ?r ?p) (atLocation ?a ?p))))"""
+
+
+def treated(verb: str, adjective: str, *rooms: str) -> Task:
+    """The task to put something somewhere that was cleaned, heated or cooled."""
+    sentences = f"put a {adjective} {{o}} in {{r}}", f"{verb} some {{o}} and put it in {{r}}"
+    conditions = "({} ?o) ({} ?o)".format(*TREATMENTS[verb])
+    return Task(f"pick_{verb}_then_place_in_recep", rooms, sentences, PLACED.replace("(and", f"(and {conditions}"))
+
+
 TASKS = {
-    "pick": Task("pick_and_place_simple", tuple(ROOMS), ("put a {o} in {r}", "put some {o} on {r}"), PLACE.format("")),
+    "pick": Task("pick_and_place_simple", [*FURNITURE], ("put a {o} in {r}", "put some {o} on {r}"), PLACED),
     "look": Task(
         "look_at_obj_in_light",
-        ("bedroom", "living room"),
+        ["bedroom", "livingroom"],
         ("look at {o} under the {r}", "examine the {o} with the {r}"),
-        "(and (exists (?l - object ?r - receptacle ?a - agent ?p - location) (and (objectType ?l {r}Type)"
-        " (toggleable ?l) (isToggled ?l) (inReceptacle ?l ?r) (receptacleAtLocation ?r ?p) (atLocation ?a ?p)))"
-        " (exists (?o - object ?a - agent) (and (objectType ?o {o}Type) (holds ?a ?o))))",
+        HELD_IN_LIGHT,
     ),
-    "clean": Task(
-        "pick_clean_then_place_in_recep",
-        ("kitchen", "bathroom"),
-        ("put a clean {o} in {r}", "clean some {o} and put it in {r}"),
-        PLACE.format("(cleanable ?o) (isClean ?o)"),
-        "clean",
-    ),
-    "heat": Task(
-        "pick_heat_then_place_in_recep",
-        ("kitchen",),
-        ("put a hot {o} in {r}", "heat some {o} and put it in {r}"),
-        PLACE.format("(heatable ?o) (isHot ?o)"),
-        "heat",
-    ),
-    "cool": Task(
-        "pick_cool_then_place_in_recep",
-        ("kitchen",),
-        ("put a cool {o} in {r}", "cool some {o} and put it in {r}"),
-        PLACE.format("(coolable ?o) (isCool ?o)"),
-        "cool",
-    ),
+    "clean": treated("clean", "clean", "kitchen", "bathroom"),
+    "heat": treated("heat", "hot", "kitchen"),
+    "cool": treated("cool", "cool", "kitchen"),
     "pick2": Task(
-        "pick_two_obj_and_place",
-        tuple(ROOMS),
-        ("put two {o} in {r}", "find two {o} and put them in {r}"),
-        "(exists (?r - receptacle ?o - object ?p - object) (and (receptacleType ?r {r}Type) (not (= ?o ?p))"
-        " (objectType ?o {o}Type) (inReceptacle ?o ?r) (objectType ?p {o}Type) (inReceptacle ?p ?r)))",
+        "pick_two_obj_and_place", [*FURNITURE], ("put two {o} in {r}", "find two {o} and put them in {r}"), BOTH_PLACED
     ),
 }
 
@@ -700,8 +637,9 @@ class Furniture(NamedTuple):
 def make_scene(room: str, number: int) -> list[Furniture]:
     """The furniture of one scene, the same in every game played there."""
     rng, scene = random.Random(derive_seed("scene", room, number)), []
-    for kind, least, most in re.findall(r"(\w+) (\d+)-(\d+)", ROOMS[room][0]):
-        for i in range(rng.randint(int(least), int(most))):
+    words = FURNITURE[room]
+    for kind, numbers in zip(words[::2], words[1::2], strict=True):
+        for i in range(rng.randint(*map(int, numbers.split("-")))):
             shares = (i and rng.random() < 0.2) or (kind == "countertop" and room == "kitchen" and i == 0)
             place = scene[-1].place if shares else f"loc_bar_{len(scene):02}"
             is_openable = kind in OPENABLE and (kind not in ("cabinet", "drawer") or rng.random() < 0.9)
@@ -719,40 +657,31 @@ def make_game(
     Nothing of the wanted kind lies in a receptacle of the kind it shall be put in.
     """
     rng = random.Random(seed)
-    task = TASKS[rng.choice(tasks)]
-    room = rng.choice(task.rooms)
+    name = rng.choice(tasks)
+    room = rng.choice(TASKS[name].rooms)
     scene = make_scene(room, rng.randrange(*scenes))
-    _, usual, rare = ROOMS[room]
-    ability, _, _, tool = TREATMENTS.get(task.treatment, (None,) * 4)
+    ability, _, tool = TREATMENTS.get(name, (None,) * 3)
+    usual, rare = ([o.rstrip("?") for o in OBJECTS[room] if o.endswith("?") == is_rare] for is_rare in (False, True))
 
-    def homes(o: str, furniture: list[Furniture], but: str | None = None) -> list[Furniture]:
-        return [f for f in furniture if f.kind != but and o in CONTAINS[f.kind]]
+    def homes(o: str, scene: list[Furniture], but: str | None = None) -> list[Furniture]:
+        return [f for f in scene if f.kind != but and o in CONTAINS[f.kind]]
 
-    wanted = [o for o in f"{usual} {rare}".split() if ability is None or o in ABILITIES[ability]]
-    if task is TASKS["look"]:
-        pairs = [(o, "desklamp") for o in wanted if homes(o, scene)]
-    else:
-        kinds = sorted({f.kind for f in scene} - {tool})
-        pairs = [(o, r) for o in wanted for r in kinds if o in CONTAINS[r] and homes(o, scene, but=r)]
-    o, r = rng.choice(pairs)
+    able = [o for o in usual + rare if ability is None or o in ABILITIES[ability]]
+    targets = ["desklamp"] if name == "look" else sorted({f.kind for f in scene} - {tool})
+    o, r = rng.choice([(o, r) for o in able for r in targets if o in CONTAINS.get(r, able) and homes(o, scene, r)])
 
     # What the task needs is kept whatever the limits are.
-    stands = [f for f in scene if f.kind in LAMP_STANDS]
-    needed = [
-        rng.choice(homes(o, scene, but=r)),
-        rng.choice(stands if r == "desklamp" else [f for f in scene if f.kind == r]),
-    ]
-    needed += [f for f in scene if f.kind == tool][:1]
+    needed = {rng.choice(homes(o, scene, r)), rng.choice([f for f in scene if f.kind == r] or homes(r, scene))}
+    needed.update([f for f in scene if f.kind == tool][:1])
     others = [f for f in scene if f not in needed]
-    spare = len(scene) if receptacles is None else max(receptacles - len(set(needed)), 0)
-    keep = {f.id for f in needed + rng.sample(others, min(spare, len(others)))}
-    scene = [f for f in scene if f.id in keep]
-
-    things = [other for other in usual.split() for _ in range(rng.randint(1, 3)) if other != o]
-    things += [other for other in rare.split() if other != o and rng.random() < 0.4]
+    count = len(others) if receptacles is None else min(len(others), max(receptacles - len(needed), 0))
+    keep = needed.union(rng.sample(others, count))
+    scene = [f for f in scene if f in keep]
+    things = [thing for thing in usual for _ in range(rng.randint(1, 3)) if thing != o]
+    things += [thing for thing in rare if thing != o and rng.random() < 0.4]
     rng.shuffle(things)
-    things = [o] * (rng.randint(1, 2) + (task is TASKS["pick2"])) + things
-    things = things[: len(things) if objects is None else objects]
+    things = [o] * (rng.randint(1, 2) + (name == "pick2")) + ["desklamp"] * (name == "look") + things
+    things = things[:objects]
 
     types = {"agent1": "agent", "loc_bar_99": "location"}
     facts: list[Atom] = [("atlocation", "agent1", "loc_bar_99")]
@@ -760,26 +689,18 @@ def make_game(
         types |= {f.id: "receptacle", f.place: "location", f"{f.kind}type": "rtype"}
         facts += [("receptacletype", f.id, f"{f.kind}type"), ("receptacleatlocation", f.id, f.place)]
         facts += [("openable", f.id)] * f.is_openable
-        facts += [("cancontain", f"{f.kind}type", f"{thing}type") for thing in CONTAINS[f.kind] & set(things)]
-
-    def put(kind: str, number: int, options: list[Furniture]) -> None:
-        """Lay an object of this kind somewhere, most likely on a table."""
-        where = rng.choices(options, [5 if f.kind in TABLES else 1 for f in options])[0]
-        raw = f"{kind}_bar_{number:02}"
-        types.update({raw: "object", f"{kind}type": "otype"})
-        facts.extend([("objecttype", raw, f"{kind}type"), ("inreceptacle", raw, where.id)])
-        facts.extend(
-            [("objectatlocation", raw, where.place), ("toggleable" if kind == "desklamp" else "pickupable", raw)]
-        )
-        facts.extend((ability, raw) for ability, kinds in ABILITIES.items() if kind in kinds)
-
+        facts += [("cancontain", f"{f.kind}type", f"{o}type") for o in CONTAINS[f.kind] if o in things]
     for i, thing in enumerate(things):
-        if options := homes(thing, scene, but=r if thing == o else None):
-            put(thing, i, options)
-    if r == "desklamp":
-        put(r, 0, [f for f in scene if f.kind in LAMP_STANDS])
-    goal = read_form(task.goal.format(o=o, r=r))[0]
-    return Game(types, facts, goal, rng.choice(task.sentences).format(o=o, r=r), task.type)
+        if options := homes(thing, scene, r if thing == o else None):
+            f = rng.choices(options, [5 if f.kind in TABLES else 1 for f in options])[0]
+            raw = f"{thing}_bar_{i:02}"
+            types |= {raw: "object", f"{thing}type": "otype"}
+            facts += [("objecttype", raw, f"{thing}type"), ("inreceptacle", raw, f.id)]
+            facts += [("objectatlocation", raw, f.place)]
+            facts += [("toggleable" if thing == "desklamp" else "pickupable", raw)]
+            facts += [(ability, raw) for ability, kinds in ABILITIES.items() if thing in kinds]
+    goal = read_form(TASKS[name].goal.format(o=o, r=r))[0]
+    return Game(types, facts, goal, rng.choice(TASKS[name].sentences).format(o=o, r=r), TASKS[name].type)
 
 
 # ------------------------------------------------------------------------------------------- planning
@@ -797,9 +718,9 @@ def errands(state: State, way: frozenset[Atom]) -> Iterator[list[Atom]]:
         for o in sorted({name for fact in missing for name in fact[1:]} & game.portable):
             yield from ([*reach(r), ("take", o, r)] for r in game.receptacles if o in state.contents[r])
     else:
-        treatments = [verb for verb, (_, after, _, _) in TREATMENTS.items() if (after, held) in missing]
+        treatments = [verb for verb, (_, after, _) in TREATMENTS.items() if (after, held) in missing]
         for verb in treatments:
-            ability, _, _, tool = TREATMENTS[verb]
+            ability, _, tool = TREATMENTS[verb]
             tools = [r for r in game.receptacles if game.kind.get(r) == tool and (ability, held) in game.static]
             yield from ([*reach(r, inside=False), (verb, held, r)] for r in tools)
         is_needed = any(held in fact for fact in way)
