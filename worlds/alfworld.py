@@ -36,13 +36,12 @@ Atom = tuple[str, ...]  # a ground fact, ("inreceptacle", "mug_bar_1", "cabinet_
 
 # The domain's predicates of one argument and of two. The engine lower-cases whatever it reads.
 UNARY = """opened isclean ishot iscool issliced istoggled openable ison cleanable heatable coolable sliceable toggleable
-    pickupable isreceptacleobject full checked examined holdsany holdsanyreceptacleobject isreceptacleobjectfull moveable"""
+    pickupable isreceptacleobject isreceptacleobjectfull moveable full checked examined holdsany
+    holdsanyreceptacleobject"""
 BINARY = """atlocation objectatlocation inreceptacle holds receptacleatlocation inreceptacleobject receptacletype
     objecttype cancontain wasinreceptacle"""
 PREDICATES = dict.fromkeys(UNARY.split(), 1) | dict.fromkeys(BINARY.split(), 2)
 CHANGING = {*UNARY.split()[:6], *BINARY.split()[:4]}
-# What a goal may ask for: all but the book-keeping that no rule and no text depends on.
-CONDITIONS = {name: PREDICATES[name] for name in UNARY.split()[:15] + BINARY.split()[:-1]}
 
 
 class Form(list):
@@ -79,30 +78,27 @@ def read_form(text: str) -> Form:
 
 def typed_names(names: Form) -> list[tuple[str, str]]:
     """(name, type) pairs of a typed list: ["?a", "?b", "-", "agent"] -> [("?a", "agent"), ("?b", "agent")]."""
-    pairs, untyped, is_type = [], [], False
-    for token in names:
+    pairs, untyped = [], []
+    for before, token in zip(["", *names], names, strict=False):
         if not isinstance(token, str):
             raise ValueError(f"line {names.line}: a list where a name is due in {names}")
-        if is_type:
+        if before == "-":
             pairs.extend((name, token) for name in untyped)
             untyped = []
         elif token != "-":
             untyped.append(token)
-        is_type = token == "-"
     if untyped:
         raise ValueError(f"line {names.line}: {untyped[0][:60]} has no type")
     return pairs
 
 
-def read_atom(form: Any, predicates: dict[str, int]) -> Atom:
+def read_atom(form: Any) -> Atom:
     """A fact or condition, checked against the domain."""
-    if not isinstance(form, Form) or not form or not all(isinstance(part, str) for part in form):
-        raise ValueError(f"line {getattr(form, 'line', 1)}: {str(form)[:80]} is no fact")
-    if form[0] not in predicates:
-        raise ValueError(f"line {form.line}: unknown predicate {form[0][:60]} in {form}")
-    if len(form) - 1 != predicates[form[0]]:
-        raise ValueError(f"line {form.line}: {form[0]} takes {predicates[form[0]]} arguments in {form}")
-    return tuple(form)
+    atom = tuple(form) if isinstance(form, Form) and all(isinstance(part, str) for part in form) else ()
+    if not atom or PREDICATES.get(atom[0]) != len(atom) - 1:
+        line, text = getattr(form, "line", 1), str(form)[:80]
+        raise ValueError(f"line {line}: unknown predicate, or one with another number of arguments: {text}")
+    return atom
 
 
 def flatten_goal(form: Any, scope: dict[str, str], variables: dict[str, str], conditions: list[Atom]) -> None:
@@ -117,11 +113,12 @@ def flatten_goal(form: Any, scope: dict[str, str], variables: dict[str, str], co
             for name, kind in typed_names(names):
                 scope[name] = f"{name} {len(variables)}"  # the same name may stand in two places for two things
                 variables[scope[name]] = kind
-            return flatten_goal(body, scope, variables, conditions)
+            flatten_goal(body, scope, variables, conditions)
+            return
         case ["not", ["=", str() as x, str() as y]]:
             atom = ("!=", x, y)
         case _:
-            atom = read_atom(form, CONDITIONS)
+            atom = read_atom(form)
     conditions.append(tuple(scope.get(name, name) for name in atom))
 
 
@@ -144,18 +141,15 @@ class Game:
         self.place = dict(table["receptacleatlocation"])  # receptacle -> where one stands to use it
         self.receptacles = sorted(self.place)  # lists and numbers follow the order of the raw ids, here and below
         self.at = {place: [r for r in self.receptacles if self.place[r] == place] for place in self.place.values()}
-        self.kind = {name: kind.removesuffix("type") for name, kind in table["objecttype"] + table["receptacletype"]}
-        takers, of_kind = defaultdict(set), defaultdict(list)
-        for r, kind in table["receptacletype"]:
-            of_kind[kind].append(r)
-        for r_kind, o_kind in table["cancontain"]:
-            takers[o_kind].update(of_kind[r_kind])
-        self.fits = {o: takers[kind] for o, kind in table["objecttype"]}  # object -> receptacles that take it
+        types_of = dict(table["objecttype"] + table["receptacletype"])
+        self.kind = {name: kind.removesuffix("type") for name, kind in types_of.items()}
+        self.fits = {  # object -> receptacles that take it
+            o: {r for r in self.receptacles if ("cancontain", types_of.get(r), kind) in self.static}
+            for o, kind in table["objecttype"]
+        }
         self.openable, self.portable = ({name for (name,) in table[p]} for p in ("openable", "pickupable"))
         self.sliceable = [name for (name,) in table["sliceable"]]
-        self.inner = defaultdict(list)  # object -> objects in it, for `examine`
-        for inside, outside in table["inreceptacleobject"]:
-            self.inner[outside].append(inside)
+        self.inner = table["inreceptacleobject"]
         self.start = {fact for fact in self.static if fact[0] in CHANGING}
         self.static = {fact for fact in self.static if not self.can_change(fact)}
         self.goal = self.ground(goal)
@@ -171,36 +165,27 @@ class Game:
         """Every assignment of the goal's variables that the unchanging facts allow, as what is left to be achieved."""
         variables, conditions = {}, []
         flatten_goal(goal, {}, variables, conditions)
-        depth = {name: i + 1 for i, name in enumerate(variables)}
-        for name in [name for condition in conditions for name in condition[1:]] + list(variables.values()):
-            if name not in depth and name not in self.types and name not in self.types.values():
+        known = {*variables, *self.types, *self.types.values()}
+        for name in [name for condition in conditions for name in condition[1:]] + [*variables.values()]:
+            if name not in known:
                 raise ValueError(f"line {goal.line}: the goal names {name[:60]}, which is not declared")
-        checks = [[] for _ in range(len(variables) + 1)]  # conditions by the last variable they need
-        for condition in conditions:
-            checks[max(depth.get(name, 0) for name in condition)].append(condition)
-        domains = [[name for name in self.names if self.types.get(name) == kind] for kind in variables.values()]
-        found: dict[frozenset[Atom], None] = {}
-        bound: dict[str, str] = {}
-        tries = 0
-
-        def extend(level: int, needed: frozenset[Atom]) -> None:
-            nonlocal tries
-            if (tries := tries + 1) > 100_000:
+        order = ["", *variables]
+        last = [max(order.index(name) if name in variables else 0 for name in c) for c in conditions]
+        rows: list[tuple[dict[str, str], frozenset[Atom]]] = [({}, frozenset())]  # (assignment so far, facts it needs)
+        for i, variable in enumerate(order):
+            values = [name for name in self.names if self.types.get(name) == variables[variable]] if variable else [""]
+            if len(rows) * len(values) > 100_000:
                 raise ValueError(f"line {goal.line}: the goal has too many variables")
-            for condition in checks[level]:
-                atom = tuple(bound.get(name, name) for name in condition)
-                if self.can_change(atom):
-                    needed = needed | {atom}
-                elif atom[1] == atom[2] if atom[0] == "!=" else atom not in self.static:
-                    return
-            if level == len(variables):
-                found[needed] = None
-                return
-            for bound[list(variables)[level]] in domains[level]:
-                extend(level + 1, needed)
-
-        extend(0, frozenset())
-        return list(found)
+            rows = [(bound | {variable: value}, needed) for bound, needed in rows for value in values]
+            for condition in [c for c, k in zip(conditions, last, strict=True) if k == i]:
+                before, rows = rows, []
+                for bound, needed in before:
+                    atom = tuple(bound.get(name, name) for name in condition)
+                    if self.can_change(atom):
+                        rows.append((bound, needed | {atom}))
+                    elif atom in self.static or (atom[0] == "!=" and atom[1] != atom[2]):
+                        rows.append((bound, needed))
+        return list(dict.fromkeys(needed for _, needed in rows))
 
     def say(self, action: Atom) -> str:
         """An action as the command a player types."""
@@ -217,10 +202,9 @@ def shown_names(ids: Iterable[str]) -> dict[str, str]:
     """Raw id -> shown name; within a class numbers fall as ids rise: of two cabinets, the first is `cabinet 2`."""
     names, counts = {}, defaultdict(int)
     for name in sorted(ids, reverse=True):
-        kind, has_number, _ = name.partition("_bar_")
-        kind += "basin" if "basin" in name and has_number else ""
+        kind = name.partition("_bar_")[0] + "basin" * ("basin" in name)
         counts[kind] += 1
-        names[name] = f"{kind} {counts[kind]}" if has_number else name
+        names[name] = f"{kind} {counts[kind]}" if "_bar_" in name else name
     return names
 
 
@@ -243,7 +227,7 @@ def parse_problem(text: str, task: str, task_type: str, old: bool = False, sourc
         for form in init[1:]:
             if form[:1] == ["="]:  # distances and costs, which no text game uses
                 continue
-            facts.append(read_atom(form, PREDICATES))
+            facts.append(read_atom(form))
             for name in form[1:]:
                 if name not in types:
                     raise ValueError(f"line {form.line}: {name[:60]} in {form} is not declared")
@@ -294,7 +278,7 @@ HELP = """Available commands:
 class State:
     """A game being played. `facts` is the truth, the other fields repeat parts of it for speed.
 
-    Beside the domain's facts there is ("notin", o, r) for an object taken out of r and not put back, which `look` reads.
+    Beside the domain's facts there is ("notin", o, r), read by `look`, for an object taken out of r and not put back.
     """
 
     def __init__(self, game: Game):
@@ -304,6 +288,7 @@ class State:
             if r in self.contents:
                 self.contents[r].append(o)
         self.place = next(fact[2] for fact in game.start if fact[0] == "atlocation")
+        self.here = game.at.get(self.place, [])  # the receptacles at this place
         self.held = next((fact[2] for fact in sorted(game.start) if fact[0] == "holds"), None)
 
     def copy(self) -> "State":
@@ -311,11 +296,6 @@ class State:
         other.__dict__.update(self.__dict__)
         other.facts, other.contents = set(self.facts), {r: list(c) for r, c in self.contents.items()}
         return other
-
-    @property
-    def here(self) -> list[str]:
-        """The receptacles at the agent's location."""
-        return self.game.at.get(self.place, [])
 
     @property
     def won(self) -> bool:
@@ -375,6 +355,7 @@ class State:
             case "go":
                 facts.discard(("atlocation", game.agent, self.place))
                 self.place = game.place[x]
+                self.here = game.at[self.place]
                 facts.add(("atlocation", game.agent, self.place))
                 return f"You arrive at {game.names[self.place] if game.old else a}. {self.describe(x)}"
             case "take":
@@ -429,7 +410,8 @@ class State:
         states = ("isclean", "ishot", "iscool", "issliced", "istoggled")
         clean, hot, cool, sliced, on = ((state, o) in self.facts for state in states)
         if ("isreceptacleobject", o) in game.static:
-            return f"This is a normal {name}. In it, you see {self.listing(game.inner[o])}."
+            inside = [i for i, outside in game.inner if outside == o]
+            return f"This is a normal {name}. In it, you see {self.listing(inside)}."
         words = " and ".join((["hot"] * hot or ["cool"] * cool) + ["clean"] * clean)
         if words:
             return f"This is a {'cold' if words == 'cool' and not sliced else words}{' sliced' * sliced} {name}."
@@ -439,8 +421,6 @@ class State:
             return f"This is a sliced {name}."
         return f"There's nothing special about {name}."
 
-
-# ------------------------------------------------------------------------------------- genuine games
 
 MAX_BYTES = 5_000_000  # a game file has some hundred kB; far larger ones are something else
 
@@ -453,11 +433,7 @@ def read_json(path: Path) -> dict[str, Any]:
         if not isinstance(data := json.loads(path.read_text(encoding="utf-8")), dict):
             raise ValueError("line 1: not a JSON object")
         return data
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}, byte {error.start}: not UTF-8 text") from None
-    except (ValueError, RecursionError) as error:  # a JSONDecodeError names line and column
+    except (OSError, ValueError, RecursionError) as error:  # bad UTF-8 and bad JSON are ValueErrors that name the place
         raise ValueError(f"{path}: {error}") from None
 
 
@@ -465,22 +441,19 @@ def read_json(path: Path) -> dict[str, Any]:
 def load_game(path: str, task_type: str) -> Game:
     """The game of a `game.tw-pddl`, in either dialect; the task type stands in the `traj_data.json` beside it."""
     data = read_json(Path(path))
-    for key in ("grammar", "pddl_problem"):
-        if not isinstance(data.get(key), str):
-            raise ValueError(f"{path}: there is no text {key!r}")
-    task = re.search(r'Your task is to: (.*?)\."', data["grammar"])
-    if task is None:
-        raise ValueError(f"{path}: the grammar has no sentence 'Your task is to: ...'")
-    old = "move {o} to {r}" not in data["grammar"]
-    return parse_problem(data["pddl_problem"], task[1], task_type, old, source=f"{path}: pddl_problem")
+    grammar, problem = data.get("grammar"), data.get("pddl_problem")
+    task = re.search(r'Your task is to: (.*?)\."', grammar) if isinstance(grammar, str) else None
+    if task is None or not isinstance(problem, str):
+        raise ValueError(f"{path}: no sentence 'Your task is to: ...' in its grammar, or no pddl_problem")
+    old = "move {o} to {r}" not in grammar
+    return parse_problem(problem, task[1], task_type, old, source=f"{path}: pddl_problem")
 
 
 @lru_cache(maxsize=16)
 def list_games(folder: str, types: tuple[str, ...]) -> list[tuple[str, str]]:
-    """(game file, task type) of the games below a folder that ALFWorld would play, all of them read once and sound.
+    """(game file, task type) of all games below a folder, each read once and found sound.
 
-    Like the original it passes over trials without a game file, unsolvable ones, and those with movable receptacles or
-    slicing in their path.
+    Like the original it passes over trials without a game file, unsolvable ones, movable receptacles and slicing.
     """
     games, skipped = [], "no traj_data.json anywhere"
     for root, _, files in sorted(os.walk(folder)):
@@ -508,8 +481,8 @@ def list_games(folder: str, types: tuple[str, ...]) -> list[tuple[str, str]]:
 
 
 def table(text: str) -> dict[str, list[str]]:
-    """A table from lines "key key: word word"."""
-    rows = [line.partition(": ") for line in text.strip().splitlines()]
+    """A table from lines, or parts of lines, "key key: word word;"."""
+    rows = [row.partition(": ") for row in re.split("[;\n]", text)]
     return {key: words.split() for keys, _, words in rows for key in keys.split()}
 
 
@@ -524,29 +497,23 @@ DRESSER += " spraybottle tennisracket tissuebox toiletpaper wateringcan desklamp
 CONTAINS = table(f"""
 coffeetable countertop diningtable sidetable: {DRESSER} {FOOD} {CUTLERY} {POTS} {SHAKERS} {BATH} baseballbat
 armchair ottoman sofa: basketball book box cellphone cloth creditcard keychain laptop newspaper pillow remotecontrol
+coffeemachine: mug; handtowelholder: handtowel; laundryhamper: cloth; stoveburner: {POTS}; toaster: nothing
+toiletpaperhanger: toiletpaper; towelholder: towel; tvstand: tissuebox
 bathtubbasin: cloth dishsponge handtowel soapbar
 bed: baseballbat basketball book cellphone laptop newspaper pillow tennisracket
 cabinet: {BATH} {CROCKERY} {BOTTLES} {POTS} {SHAKERS} book box cd ladle newspaper plunger vase wateringcan
 cart: {BATH} mug plunger statue vase
-coffeemachine: mug
 desk: {DRESSER} soapbottle
 drawer: {BATH} {CUTLERY} {SHAKERS} {SMALL} {PAPER} remotecontrol wateringcan
 dresser: {DRESSER}
 fridge: {FOOD} {CROCKERY} {BOTTLES} pan pot
 garbagecan: {FOOD} {BATH.removeprefix("candle")} cd newspaper pen pencil winebottle
-handtowelholder: handtowel
-laundryhamper: cloth
 microwave: {CROCKERY} apple bread egg potato tomato glassbottle
 safe: {SMALL} {DECOR}
 shelf: {BATH} {CROCKERY} {BOTTLES} {SHAKERS} {SMALL} {DECOR} {PAPER} alarmclock box desklamp kettle pot remotecontrol\
  wateringcan
 sinkbasin: {CUTLERY} {CROCKERY} {POTS} {WASHED} glassbottle handtowel
-stoveburner: {POTS}
-toaster: nothing
 toilet: {BATH} newspaper
-toiletpaperhanger: toiletpaper
-towelholder: towel
-tvstand: tissuebox
 """)
 ABILITIES = table(f"""
 heatable: apple bread cup egg mug plate potato tomato
@@ -580,17 +547,18 @@ TABLES = {"coffeetable", "countertop", "diningtable", "sidetable", "desk", "dres
 NUM_SCENES, NUM_UNSEEN = 30, 4  # per kind of room; the last ones are never trained in (ALFWorld: 4 scenes in all)
 
 
-class Task(NamedTuple):
-    """A type of task; {o} stands for the kind of object, {r} for that of the receptacle or lamp."""
-
-    type: str
-    rooms: Sequence[str]
-    sentences: tuple[str, str]
-    goal: str  # PDDL
-
-
+# Kinds of task: name in game files; rooms; two ways to say it. {o} is the kind of object, {r} of receptacle or lamp.
+TASKS = """
+pick: pick_and_place_simple; kitchen livingroom bedroom bathroom; put a {o} in {r}; put some {o} on {r}
+look: look_at_obj_in_light; bedroom livingroom; look at {o} under the {r}; examine the {o} with the {r}
+clean: pick_clean_then_place_in_recep; kitchen bathroom; put a clean {o} in {r}; clean some {o} and put it in {r}
+heat: pick_heat_then_place_in_recep; kitchen; put a hot {o} in {r}; heat some {o} and put it in {r}
+cool: pick_cool_then_place_in_recep; kitchen; put a cool {o} in {r}; cool some {o} and put it in {r}
+pick2: pick_two_obj_and_place; kitchen livingroom bedroom bathroom; put two {o} in {r}; find two {o} and put them in {r}
+"""
+TASKS = {name: row.split("; ") for name, _, row in (line.partition(": ") for line in TASKS.strip().splitlines())}
 PLACED = """(exists (?r - receptacle ?o - object)
-    (and (objectType ?o {o}Type) (receptacleType ?r {r}Type) (inReceptacle ?o ?r)))"""
+    (and (objectType ?o {o}Type) (receptacleType ?r {r}Type) (inReceptacle ?o ?r) {treated}))"""
 BOTH_PLACED = """(exists (?r - receptacle ?o - object ?p - object)
     (and (receptacleType ?r {r}Type) (objectType ?o {o}Type) (objectType ?p {o}Type) (not (= ?o ?p))
         (inReceptacle ?o ?r) (inReceptacle ?p ?r)))"""
@@ -599,30 +567,7 @@ HELD_IN_LIGHT = """(and
     (exists (?l - object ?r - receptacle ?a - agent ?p - location)
         (and (objectType ?l {r}Type) (toggleable ?l) (isToggled ?l) (inReceptacle ?l ?r)
             (receptacleAtLocation ?r ?p) (atLocation ?a ?p))))"""
-
-
-def treated(verb: str, adjective: str, *rooms: str) -> Task:
-    """The task to put something somewhere that was cleaned, heated or cooled."""
-    sentences = f"put a {adjective} {{o}} in {{r}}", f"{verb} some {{o}} and put it in {{r}}"
-    conditions = "({} ?o) ({} ?o)".format(*TREATMENTS[verb])
-    return Task(f"pick_{verb}_then_place_in_recep", rooms, sentences, PLACED.replace("(and", f"(and {conditions}"))
-
-
-TASKS = {
-    "pick": Task("pick_and_place_simple", [*FURNITURE], ("put a {o} in {r}", "put some {o} on {r}"), PLACED),
-    "look": Task(
-        "look_at_obj_in_light",
-        ["bedroom", "livingroom"],
-        ("look at {o} under the {r}", "examine the {o} with the {r}"),
-        HELD_IN_LIGHT,
-    ),
-    "clean": treated("clean", "clean", "kitchen", "bathroom"),
-    "heat": treated("heat", "hot", "kitchen"),
-    "cool": treated("cool", "cool", "kitchen"),
-    "pick2": Task(
-        "pick_two_obj_and_place", [*FURNITURE], ("put two {o} in {r}", "find two {o} and put them in {r}"), BOTH_PLACED
-    ),
-}
+GOALS = {"look": HELD_IN_LIGHT, "pick2": BOTH_PLACED}  # the others: PLACED
 
 
 class Furniture(NamedTuple):
@@ -658,9 +603,10 @@ def make_game(
     """
     rng = random.Random(seed)
     name = rng.choice(tasks)
-    room = rng.choice(TASKS[name].rooms)
+    task_type, rooms, *sentences = TASKS[name]
+    room = rng.choice(rooms.split())
     scene = make_scene(room, rng.randrange(*scenes))
-    ability, _, tool = TREATMENTS.get(name, (None,) * 3)
+    ability, after, tool = TREATMENTS.get(name, (None,) * 3)
     usual, rare = ([o.rstrip("?") for o in OBJECTS[room] if o.endswith("?") == is_rare] for is_rare in (False, True))
 
     def homes(o: str, scene: list[Furniture], but: str | None = None) -> list[Furniture]:
@@ -699,11 +645,9 @@ def make_game(
             facts += [("objectatlocation", raw, f.place)]
             facts += [("toggleable" if thing == "desklamp" else "pickupable", raw)]
             facts += [(ability, raw) for ability, kinds in ABILITIES.items() if thing in kinds]
-    goal = read_form(TASKS[name].goal.format(o=o, r=r))[0]
-    return Game(types, facts, goal, rng.choice(TASKS[name].sentences).format(o=o, r=r), TASKS[name].type)
-
-
-# ------------------------------------------------------------------------------------------- planning
+    treated = f"({ability} ?o) ({after} ?o)" if ability else ""
+    goal = GOALS.get(name, PLACED).format(o=o, r=r, treated=treated)
+    return Game(types, facts, read_form(goal)[0], rng.choice(sentences).format(o=o, r=r), task_type)
 
 
 def errands(state: State, way: frozenset[Atom]) -> Iterator[list[Atom]]:
@@ -718,19 +662,18 @@ def errands(state: State, way: frozenset[Atom]) -> Iterator[list[Atom]]:
         for o in sorted({name for fact in missing for name in fact[1:]} & game.portable):
             yield from ([*reach(r), ("take", o, r)] for r in game.receptacles if o in state.contents[r])
     else:
-        treatments = [verb for verb, (_, after, _) in TREATMENTS.items() if (after, held) in missing]
-        for verb in treatments:
-            ability, _, tool = TREATMENTS[verb]
-            tools = [r for r in game.receptacles if game.kind.get(r) == tool and (ability, held) in game.static]
+        todo = [(v, tool) for v, (_, after, tool) in TREATMENTS.items() if (after, held) in missing]
+        for verb, tool in todo:
+            tools = [r for r in game.receptacles if game.kind.get(r) == tool]
             yield from ([*reach(r, inside=False), (verb, held, r)] for r in tools)
         is_needed = any(held in fact for fact in way)
         for r in sorted(game.fits.get(held, ())):
-            if r in game.place and not treatments and (not is_needed or ("inreceptacle", held, r) in missing):
+            if not todo and (not is_needed or ("inreceptacle", held, r) in missing):
                 yield [*reach(r), ("move", held, r)]
     for fact in missing:
         if fact[0] == "istoggled" and ("toggleable", fact[1]) in game.static:
-            lamps = [r for r in game.receptacles if fact[1] in state.contents[r]]
-            yield from ([*reach(r, inside=False), ("use", fact[1])] for r in lamps)
+            stands = [r for r in game.receptacles if fact[1] in state.contents[r]]
+            yield from ([*reach(r, inside=False), ("use", fact[1])] for r in stands)
         elif fact[0] == "atlocation":
             yield from ([("go", r)] for r in game.at.get(fact[2], [])[:1])
 
@@ -738,8 +681,7 @@ def errands(state: State, way: frozenset[Atom]) -> Iterator[list[Atom]]:
 def find_plan(state: State, way: frozenset[Atom], limit: int = 100) -> list[Atom] | None:
     """The fewest actions after which the facts of `way` hold; None if there are none below `limit`.
 
-    Hands hold one object and every place is one `go to` away, so some shortest plan is a sequence of errands, and the
-    search for it, cheapest first, looks at a few dozen states.
+    Hands hold one object and every place is one `go to` away, so some shortest plan is a sequence of errands.
     """
     queue, count = [(0, 0, state, [])], 0
     while queue:
@@ -762,9 +704,9 @@ class AlfWorld(Env):
     """ALFWorld as LaMer plays it: 10 points at the winning turn, `turns` turns, admissible commands in the prompt.
 
     Without `data` games are made, of the kinds in `tasks`; `receptacles` and `objects` limit a room's size, for small
-    models. With `data`, a folder of genuine games, its `train` and `valid_*` folders are used if there are such, else
-    every eighth game is kept for validation. Seeds from 2^31 on are validation tasks; `validation` says whether these
-    are set in rooms that also occur in training ("seen") or not ("unseen").
+    models. `data` is a folder of genuine games; its `train` and `valid_*` folders are used if there are such, else
+    every eighth game is for validation. Seeds from 2^31 on are validation tasks, in rooms that training does not see,
+    or, with `validation` "seen", in rooms that it does.
     """
 
     name = "alfworld"
@@ -783,18 +725,20 @@ class AlfWorld(Env):
         self.tasks = tuple(task.strip() for task in tasks.split(","))
         if unknown := [task for task in self.tasks if task not in TASKS]:
             raise ValueError(f"--tasks is a list like {','.join(TASKS)}; there is no {unknown[0]!r}")
-        if turns < 1:
-            raise ValueError(f"alfworld needs at least one turn, got --turns {turns}")
-        for name, value in (("receptacles", receptacles), ("objects", objects)):
-            if value is not None and (data or value < 3):
-                raise ValueError(f"--{name} is at least 3, and for generated games only (no --data); got {value}")
+        for name, value, least in (("turns", turns, 1), ("receptacles", receptacles, 3), ("objects", objects, 3)):
+            if value is not None and value < least:
+                raise ValueError(f"alfworld needs --{name} of at least {least}, got {value}")
+        if data is not None and (receptacles or objects):
+            raise ValueError("--receptacles and --objects are for generated games; leave them out, or --data")
         if validation not in ("seen", "unseen"):
             raise ValueError(f"--validation is seen or unseen, got {validation!r}")
-        self.turn_limit, self.size, self.validation, self.games = turns, (receptacles, objects), validation, None
+        self.turn_limit, self.size, self.games = turns, (receptacles, objects), None
+        training, held_out = (0, NUM_SCENES - NUM_UNSEEN), (NUM_SCENES - NUM_UNSEEN, NUM_SCENES)
+        self.scenes = (training, held_out if validation == "unseen" else training)
         if data is not None:
             if not Path(data).is_dir():
                 raise ValueError(f"--data {data}: there is no such folder")
-            types = tuple(TASKS[task].type for task in self.tasks)
+            types = tuple(TASKS[task][0] for task in self.tasks)
             if (Path(data) / "train").is_dir():
                 splits = ("train", f"valid_{validation}")
                 self.games = [list_games(str(Path(data, split)), types) for split in splits]
@@ -803,14 +747,11 @@ class AlfWorld(Env):
                 self.games = [[g for i, g in enumerate(games) if i % 8] or games, games[::8]]
 
     def reset(self, seed: int) -> tuple[str, dict[str, Any]]:
-        is_validation = seed >= 2**31
-        if self.games is not None:
-            games = self.games[is_validation]
-            self.start(load_game(*games[seed % len(games)]))
+        split = seed >= 2**31
+        if self.games is None:
+            self.start(make_game(seed, self.tasks, *self.size, self.scenes[split]))
         else:
-            seen = NUM_SCENES - NUM_UNSEEN
-            scenes = (seen, NUM_SCENES) if is_validation and self.validation == "unseen" else (0, seen)
-            self.start(make_game(seed, self.tasks, *self.size, scenes))
+            self.start(load_game(*self.games[split][seed % len(self.games[split])]))
         return self.observation, self.info()
 
     def start(self, game: Game) -> None:
@@ -848,10 +789,10 @@ class AlfWorld(Env):
         if style == "compact":
             return ""
         return (
-            "You are a skilled helper in a household, which you experience through text only. You are given a task, "
-            "such as putting an object somewhere, cleaned, heated or cooled if it says so, or holding it in the light "
-            "of a lamp. Go to a place to see what is there, open what is closed, and carry one object at a time.\n"
-            f"You have {self.turn_limit} turns of one action each. Rooms and objects are the same in every episode."
+            "You are a skilled helper in a household that you experience as text. Your task is to put something "
+            "somewhere, perhaps cleaned, heated or cooled first, or to hold it in the light of a lamp. Go to places to "
+            "see what is there, open what is closed, and carry one object at a time.\n"
+            f"You have {self.turn_limit} turns of one action. Rooms and objects are the same in every episode."
         )
 
     def parse(self, reply: str) -> tuple[str, bool]:
@@ -874,10 +815,8 @@ class AlfWorld(Env):
 
     def expert(self) -> Atom:
         """The first action of a shortest way to win."""
-        if not self.plan:
-            for way in self.state.game.goal:
-                plan = find_plan(self.state, way, len(self.plan) or 100)
-                self.plan = plan or self.plan
+        for way in [] if self.plan else self.state.game.goal:
+            self.plan = find_plan(self.state, way, len(self.plan) or 100) or self.plan
         return self.plan[0] if self.plan else ("look",)
 
     def novice(self, rng: random.Random, memory: Sequence[str]) -> Atom:
@@ -885,17 +824,15 @@ class AlfWorld(Env):
         state, game = self.state, self.state.game
         if rng.random() < 0.1:
             return rng.choice([self.options[command] for command in self.actions()])
-        best = None
-        for way in game.goal:
-            objects = self.wanted([way])
-            unknown = [o for o in objects if o not in self.seen and o != state.held]
+        plans = []
+        for n, way in enumerate(game.goal):
+            unknown = {o for o in self.wanted([way]) if o not in self.seen and o != state.held}
             if unknown:  # as far as one can go with what has been seen: a lamp waits until the object is in hand
-                way = frozenset(fact for fact in way if set(fact) & game.portable and not set(fact) & set(unknown))
+                way = frozenset(fact for fact in way if game.portable.intersection(fact) - unknown)
             plan = find_plan(state, way)
-            if plan is not None and (best is None or (len(unknown), len(plan)) < best[:2]):
-                best = (len(unknown), len(plan), plan)
-        if best is not None and best[2]:
-            return best[2][0]
+            plans += [(len(unknown), len(plan), n, plan)] if plan is not None else []
+        if plans and min(plans)[3]:
+            return min(plans)[3][0]
         unlooked = [r for r in game.receptacles if r not in self.looked]
         wanted = {game.names[o] for o in self.wanted(game.goal) if o not in self.seen}
         notes = re.findall(r"(\w+ \d+) in (\w+ \d+)", " ".join(memory))
