@@ -1,12 +1,11 @@
 """ALFWorld, written from scratch: household tasks in text, from genuine game files or from rooms made here.
 
-Three parts, top to bottom:
 1. The simulator: `parse_problem` reads the PDDL problem of a game into a `Game` (what never changes); a `State` of it
    lists its admissible commands, carries them out and knows when the problem's own goal holds. Texts, lists and ends
    equal the original engine's (TextWorld, ALFWorld 0.4.2), as recorded cases show, at a thousand times its speed.
 2. `make_game`: kitchens, living rooms, bedrooms and bathrooms of genuine character, as the same `Game`.
-3. `AlfWorld`: LaMer's episode around it (paper, section 5; ten turns, 10 points at the winning one), and a scripted
-   player, whose expert takes the shortest way and whose novice searches and reads its memory.
+3. `AlfWorld`: LaMer's episode around it (ten turns, 10 points at the winning one), and a scripted player, whose expert
+   takes the shortest way and whose novice searches and reads its memory.
 
     env = AlfWorld()                          # generated games; AlfWorld(data=DIR) for genuine ones, in either dialect
     observation, info = env.reset(seed=7)
@@ -30,11 +29,19 @@ from typing import Any, NamedTuple
 
 from envs import Env, derive_seed
 
+
+def table(text: str) -> dict[str, list[str]]:
+    """A table from lines, or parts of lines, "key key: word word;"."""
+    rows = [row.partition(": ") for row in re.split("[;\n]", text)]
+    return {key: words.split() for keys, _, words in rows for key in keys.split()}
+
+
 # ---------------------------------------------------------------------------------- reading a problem
 
 Atom = tuple[str, ...]  # a ground fact, ("inreceptacle", "mug_bar_1", "cabinet_bar_2"), or an action, ("open", "...")
 
-# The domain's predicates of one argument and of two. The engine lower-cases whatever it reads.
+# The domain's predicates of one argument and of two; the first six and the first four are what play changes.
+# The engine lower-cases whatever it reads.
 UNARY = """opened isclean ishot iscool issliced istoggled openable ison cleanable heatable coolable sliceable toggleable
     pickupable isreceptacleobject isreceptacleobjectfull moveable full checked examined holdsany
     holdsanyreceptacleobject"""
@@ -220,9 +227,7 @@ def parse_problem(text: str, task: str, task_type: str, old: bool = False, sourc
         types = dict(typed_names(objects))
         agents = [name for name, kind in types.items() if kind == "agent"]
         if len(agents) != 1:
-            raise ValueError(
-                f"line {objects.line}: there must be one agent, not {len(agents)} ({' '.join(agents)[:60]})"
-            )
+            raise ValueError(f"line {objects.line}: {len(agents)} agents, {' '.join(agents)[:60]}; only one can play")
         facts = []
         for form in init[1:]:
             if form[:1] == ["="]:  # distances and costs, which no text game uses
@@ -243,12 +248,8 @@ def parse_problem(text: str, task: str, task_type: str, old: bool = False, sourc
 # --------------------------------------------------------------------------------------- the simulator
 
 COMMANDS = {"go": ("go to", ""), "take": ("take", "from"), "move": ("move", "to")}  # others: verb x, verb x with y
-# verb: which objects, what they become, where
-TREATMENTS = {
-    "clean": ("cleanable", "isclean", "sinkbasin"),
-    "heat": ("heatable", "ishot", "microwave"),
-    "cool": ("coolable", "iscool", "fridge"),
-}
+# verb: which objects can be treated so, what they become, where
+TREATMENTS = table("clean: cleanable isclean sinkbasin; heat: heatable ishot microwave; cool: coolable iscool fridge")
 EFFECTS = {  # verb: what its object becomes, what it ceases to be, feedback
     "open": ("opened", None, "You open the {}. "),
     "close": (None, "opened", "You close the {}."),
@@ -480,12 +481,6 @@ def list_games(folder: str, types: tuple[str, ...]) -> list[tuple[str, str]]:
 # ----------------------------------------------------------------------------------- generated games
 
 
-def table(text: str) -> dict[str, list[str]]:
-    """A table from lines, or parts of lines, "key key: word word;"."""
-    rows = [row.partition(": ") for row in re.split("[;\n]", text)]
-    return {key: words.split() for keys, _, words in rows for key in keys.split()}
-
-
 FOOD, CUTLERY = "apple bread egg lettuce potato tomato", "butterknife fork knife ladle spatula spoon"
 CROCKERY, POTS, BOTTLES = "bowl cup mug plate", "kettle pan pot", "glassbottle winebottle"
 SHAKERS, SMALL, DECOR = "peppershaker saltshaker", "cd cellphone creditcard keychain watch", "statue vase"
@@ -594,10 +589,8 @@ def make_scene(room: str, number: int) -> list[Furniture]:
 
 
 @lru_cache(maxsize=256)
-def make_game(
-    seed: int, tasks: tuple[str, ...], receptacles: int | None, objects: int | None, scenes: tuple[int, int]
-) -> Game:
-    """The game of `seed`, in a scene numbered scenes[0] <= n < scenes[1], with at most so many receptacles and objects.
+def make_game(seed: int, tasks: Sequence[str], receptacles: int | None, objects: int | None, scenes: range) -> Game:
+    """The game of `seed`, in one of these scenes, with at most so many receptacles and objects.
 
     Nothing of the wanted kind lies in a receptacle of the kind it shall be put in.
     """
@@ -605,7 +598,7 @@ def make_game(
     name = rng.choice(tasks)
     task_type, rooms, *sentences = TASKS[name]
     room = rng.choice(rooms.split())
-    scene = make_scene(room, rng.randrange(*scenes))
+    scene = make_scene(room, rng.choice(scenes))
     ability, after, tool = TREATMENTS.get(name, (None,) * 3)
     usual, rare = ([o.rstrip("?") for o in OBJECTS[room] if o.endswith("?") == is_rare] for is_rare in (False, True))
 
@@ -733,7 +726,7 @@ class AlfWorld(Env):
         if validation not in ("seen", "unseen"):
             raise ValueError(f"--validation is seen or unseen, got {validation!r}")
         self.turn_limit, self.size, self.games = turns, (receptacles, objects), None
-        training, held_out = (0, NUM_SCENES - NUM_UNSEEN), (NUM_SCENES - NUM_UNSEEN, NUM_SCENES)
+        training, held_out = range(NUM_SCENES - NUM_UNSEEN), range(NUM_SCENES - NUM_UNSEEN, NUM_SCENES)
         self.scenes = (training, held_out if validation == "unseen" else training)
         if data is not None:
             if not Path(data).is_dir():
@@ -776,11 +769,10 @@ class AlfWorld(Env):
         if meant is not None:
             self.observation = self.state.apply(meant)
             self.options = self.state.commands()
-            for r in meant[1:]:
-                if r in self.state.contents and self.state.is_accessible(r):
+            for r in self.state.contents.keys() & set(meant[1:]):
+                if self.state.is_accessible(r):
                     self.looked.add(r)
-                    for o in self.state.contents[r]:
-                        self.seen.setdefault(o, r)
+                    self.seen = dict.fromkeys(self.state.contents[r], r) | self.seen
         info = self.info()
         self.done = info["won"] or self.turns >= self.turn_limit
         return self.observation, 10.0 * info["won"], info["won"], self.done and not info["won"], info
@@ -852,7 +844,7 @@ class AlfWorld(Env):
     def scripted_reflection(self, rng: random.Random) -> str:
         names, wanted = self.state.game.names, self.wanted(self.state.game.goal)
         found = [f"{names[o]} in {names[r]}" for o, r in self.seen.items() if o in wanted]
-        if found:
+        if found or not wanted or not self.looked:
             return f"<remark>{', '.join(found)}</remark>"
-        kind = self.state.game.kind[wanted[0]] if wanted else "luck"
+        kind = self.state.game.kind[wanted[0]]
         return f"<remark>no {kind} in {', '.join(names[r] for r in sorted(self.looked))}</remark>"
