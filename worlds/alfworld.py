@@ -140,28 +140,28 @@ class Game:
     ):
         self.task, self.task_type, self.old, self.types = task, task_type, old, types
         self.static = set(facts)
-        table = defaultdict(list)
+        rows = defaultdict(list)
         for predicate, *arguments in sorted(self.static):
-            table[predicate].append(arguments)
+            rows[predicate].append(arguments)
         self.agent = next(name for name, kind in types.items() if kind == "agent")
         self.names = shown_names({name for fact in self.static for name in fact[1:]})
-        self.place = dict(table["receptacleatlocation"])  # receptacle -> where one stands to use it
+        self.place = dict(rows["receptacleatlocation"])  # receptacle -> where one stands to use it
         self.receptacles = sorted(self.place)  # lists and numbers follow the order of the raw ids, here and below
         self.at = {place: [r for r in self.receptacles if self.place[r] == place] for place in self.place.values()}
-        types_of = dict(table["objecttype"] + table["receptacletype"])
-        self.kind = {name: kind.removesuffix("type") for name, kind in types_of.items()}
+        kinds = dict(rows["objecttype"] + rows["receptacletype"])
+        self.kind = {name: kind.removesuffix("type") for name, kind in kinds.items()}
         self.fits = {  # object -> receptacles that take it
-            o: {r for r in self.receptacles if ("cancontain", types_of.get(r), kind) in self.static}
-            for o, kind in table["objecttype"]
+            o: {r for r in self.receptacles if ("cancontain", kinds.get(r), kind) in self.static}
+            for o, kind in rows["objecttype"]
         }
-        self.openable, self.portable = ({name for (name,) in table[p]} for p in ("openable", "pickupable"))
-        self.sliceable = [name for (name,) in table["sliceable"]]
-        self.inner = table["inreceptacleobject"]
+        self.openable, self.portable = ({name for (name,) in rows[p]} for p in ("openable", "pickupable"))
+        self.sliceable = [name for (name,) in rows["sliceable"]]
+        self.inner = rows["inreceptacleobject"]
         self.start = {fact for fact in self.static if fact[0] in CHANGING}
         self.static = {fact for fact in self.static if not self.can_change(fact)}
         self.goal = self.ground(goal)
-        homes = {*self.at, next(fact[2] for fact in self.start if fact[0] == "atlocation")}
-        self.travel = {p: [("go", r) for r in self.receptacles if self.place[r] != p] for p in homes}
+        places = {*self.at, next(fact[2] for fact in self.start if fact[0] == "atlocation")}
+        self.travel = {p: [("go", r) for r in self.receptacles if self.place[r] != p] for p in places}
         self.said: dict[Atom, str] = {}
 
     def can_change(self, fact: Atom) -> bool:
@@ -314,16 +314,10 @@ class State:
             yield "examine", r
             if r in game.openable:
                 yield ("close" if ("opened", r) in facts else "open"), r
-            for o in self.contents[r]:
-                if ("toggleable", o) in game.static:
-                    yield "use", o
-            if not self.is_accessible(r):
-                continue
-            if held is None:
-                for o in self.contents[r]:
-                    if o in game.portable:
-                        yield "take", o, r
-            elif r in game.fits.get(held, ()):
+            yield from (("use", o) for o in self.contents[r] if ("toggleable", o) in game.static)
+            if held is None and self.is_accessible(r):
+                yield from (("take", o, r) for o in self.contents[r] if o in game.portable)
+            elif r in game.fits.get(held, ()) and self.is_accessible(r):
                 yield "move", held, r
         if held is None:
             return
@@ -332,9 +326,8 @@ class State:
             if (ability, held) in game.static:
                 yield from ((verb, held, r) for r in self.here if game.kind.get(r) == tool)
         if game.kind.get(held) in ("knife", "butterknife"):
-            for o in game.sliceable:
-                if ("objectatlocation", o, self.place) in facts:
-                    yield "slice", o, held
+            here = (o for o in game.sliceable if ("objectatlocation", o, self.place) in facts)
+            yield from (("slice", o, held) for o in here)
 
     def commands(self) -> dict[str, Atom]:
         """The admissible commands and what they mean."""
@@ -423,6 +416,8 @@ class State:
         return f"There's nothing special about {name}."
 
 
+# ------------------------------------------------------------------------------------- genuine games
+
 MAX_BYTES = 5_000_000  # a game file has some hundred kB; far larger ones are something else
 
 
@@ -479,7 +474,6 @@ def list_games(folder: str, types: tuple[str, ...]) -> list[tuple[str, str]]:
 
 
 # ----------------------------------------------------------------------------------- generated games
-
 
 FOOD, CUTLERY = "apple bread egg lettuce potato tomato", "butterknife fork knife ladle spatula spoon"
 CROCKERY, POTS, BOTTLES = "bowl cup mug plate", "kettle pan pot", "glassbottle winebottle"
@@ -541,9 +535,8 @@ OPENABLE = {"cabinet", "drawer", "fridge", "microwave", "safe"}
 TABLES = {"coffeetable", "countertop", "diningtable", "sidetable", "desk", "dresser", "bed", "sofa"}  # for most things
 NUM_SCENES, NUM_UNSEEN = 30, 4  # per kind of room; the last ones are never trained in (ALFWorld: 4 scenes in all)
 
-
 # Kinds of task: name in game files; rooms; two ways to say it. {o} is the kind of object, {r} of receptacle or lamp.
-TASKS = """
+TASK_ROWS = """
 pick: pick_and_place_simple; kitchen livingroom bedroom bathroom; put a {o} in {r}; put some {o} on {r}
 look: look_at_obj_in_light; bedroom livingroom; look at {o} under the {r}; examine the {o} with the {r}
 clean: pick_clean_then_place_in_recep; kitchen bathroom; put a clean {o} in {r}; clean some {o} and put it in {r}
@@ -551,7 +544,7 @@ heat: pick_heat_then_place_in_recep; kitchen; put a hot {o} in {r}; heat some {o
 cool: pick_cool_then_place_in_recep; kitchen; put a cool {o} in {r}; cool some {o} and put it in {r}
 pick2: pick_two_obj_and_place; kitchen livingroom bedroom bathroom; put two {o} in {r}; find two {o} and put them in {r}
 """
-TASKS = {name: row.split("; ") for name, _, row in (line.partition(": ") for line in TASKS.strip().splitlines())}
+TASKS = {name: row.split("; ") for name, _, row in (line.partition(": ") for line in TASK_ROWS.strip().splitlines())}
 PLACED = """(exists (?r - receptacle ?o - object)
     (and (objectType ?o {o}Type) (receptacleType ?r {r}Type) (inReceptacle ?o ?r) {treated}))"""
 BOTH_PLACED = """(exists (?r - receptacle ?o - object ?p - object)
@@ -628,19 +621,21 @@ def make_game(seed: int, tasks: Sequence[str], receptacles: int | None, objects:
         types |= {f.id: "receptacle", f.place: "location", f"{f.kind}type": "rtype"}
         facts += [("receptacletype", f.id, f"{f.kind}type"), ("receptacleatlocation", f.id, f.place)]
         facts += [("openable", f.id)] * f.is_openable
-        facts += [("cancontain", f"{f.kind}type", f"{o}type") for o in CONTAINS[f.kind] if o in things]
+        facts += [("cancontain", f"{f.kind}type", f"{thing}type") for thing in CONTAINS[f.kind] if thing in things]
     for i, thing in enumerate(things):
         if options := homes(thing, scene, r if thing == o else None):
             f = rng.choices(options, [5 if f.kind in TABLES else 1 for f in options])[0]
             raw = f"{thing}_bar_{i:02}"
             types |= {raw: "object", f"{thing}type": "otype"}
             facts += [("objecttype", raw, f"{thing}type"), ("inreceptacle", raw, f.id)]
-            facts += [("objectatlocation", raw, f.place)]
-            facts += [("toggleable" if thing == "desklamp" else "pickupable", raw)]
+            facts += [("objectatlocation", raw, f.place), ("toggleable" if thing == "desklamp" else "pickupable", raw)]
             facts += [(ability, raw) for ability, kinds in ABILITIES.items() if thing in kinds]
     treated = f"({ability} ?o) ({after} ?o)" if ability else ""
     goal = GOALS.get(name, PLACED).format(o=o, r=r, treated=treated)
     return Game(types, facts, read_form(goal)[0], rng.choice(sentences).format(o=o, r=r), task_type)
+
+
+# ------------------------------------------------------------------------------------------- planning
 
 
 def errands(state: State, way: frozenset[Atom]) -> Iterator[list[Atom]]:
@@ -696,10 +691,9 @@ def find_plan(state: State, way: frozenset[Atom], limit: int = 100) -> list[Atom
 class AlfWorld(Env):
     """ALFWorld as LaMer plays it: 10 points at the winning turn, `turns` turns, admissible commands in the prompt.
 
-    Without `data` games are made, of the kinds in `tasks`; `receptacles` and `objects` limit a room's size, for small
-    models. `data` is a folder of genuine games; its `train` and `valid_*` folders are used if there are such, else
-    every eighth game is for validation. Seeds from 2^31 on are validation tasks, in rooms that training does not see,
-    or, with `validation` "seen", in rooms that it does.
+    Without `data` games are made; `receptacles` and `objects` then limit a room's size, for small models. `data` is a
+    folder of genuine games; its `train` and `valid_*` folders are used if there are such, else every eighth game is for
+    validation. Seeds from 2^31 on are validation tasks, in rooms "seen" or "unseen" in training.
     """
 
     name = "alfworld"
@@ -726,15 +720,15 @@ class AlfWorld(Env):
         if validation not in ("seen", "unseen"):
             raise ValueError(f"--validation is seen or unseen, got {validation!r}")
         self.turn_limit, self.size, self.games = turns, (receptacles, objects), None
-        training, held_out = range(NUM_SCENES - NUM_UNSEEN), range(NUM_SCENES - NUM_UNSEEN, NUM_SCENES)
-        self.scenes = (training, held_out if validation == "unseen" else training)
+        first = NUM_SCENES - NUM_UNSEEN
+        self.scenes = range(first), range(first, NUM_SCENES) if validation == "unseen" else range(first)
         if data is not None:
             if not Path(data).is_dir():
                 raise ValueError(f"--data {data}: there is no such folder")
             types = tuple(TASKS[task][0] for task in self.tasks)
-            if (Path(data) / "train").is_dir():
-                splits = ("train", f"valid_{validation}")
-                self.games = [list_games(str(Path(data, split)), types) for split in splits]
+            folders = [Path(data, "train"), Path(data, f"valid_{validation}")]
+            if folders[0].is_dir():
+                self.games = [list_games(str(folder), types) for folder in folders]
             else:
                 games = list_games(data, types)
                 self.games = [[g for i, g in enumerate(games) if i % 8] or games, games[::8]]
