@@ -1,0 +1,612 @@
+"""Tests of ALFWorld: recorded plays, a room played by hand, generated games, broken files.
+
+    pytest worlds/test_alfworld.py
+
+Recorded plays are read from $LAMER_GOLDEN (default ../shared/golden beside the clone), genuine game files from
+data/alfworld beside that folder; what is absent is skipped by name, or fails with LAMER_REQUIRE_GOLDEN=1.
+"""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+from alfworld import OBJECTS, TASKS, AlfWorld, State, find_plan, load_game, make_game, parse_problem  # noqa: E402
+
+from envs import make_env  # noqa: E402
+
+SHARED = Path(os.environ.get("LAMER_GOLDEN", HERE.parent.parent / "shared" / "golden"))
+GENUINE = "pick_heat_then_place_in_recep-Potato-None-SinkBasin-14/trial_T20190908_231731_054988"
+
+
+def recorded(path):
+    """A file or folder of recorded or genuine data, or a skip."""
+    if not path.exists():
+        missing = pytest.fail if os.environ.get("LAMER_REQUIRE_GOLDEN") == "1" else pytest.skip
+        missing(f"no recorded data at {path}")
+    return path
+
+
+# --------------------------------------------------------------------------------------- recorded plays
+
+
+def check_case(case):
+    """Play a recorded game and compare everything the engine said."""
+    game = parse_problem(case["pddl_problem"], case["task"], case["task_type"])
+    assert {raw: game.names[raw] for raw in case.get("names", {})} == case.get("names", {})
+    env = AlfWorld(turns=case["max_episode_steps"])
+    env.start(game)
+    reset = case["reset"]
+    seen = env.observation, sorted(env.options), env.info()["won"]
+    assert seen == (reset["feedback"], reset["admissible"], reset["won"])
+    for number, step in enumerate(case["steps"]):
+        feedback, _, terminated, truncated, info = env.step(step["command"])
+        seen = feedback, sorted(env.options), int(info["won"]), info["won"], terminated or truncated
+        expected = tuple(step[key] for key in ("feedback", "admissible", "score", "won", "done"))
+        assert seen == expected, (case.get("id", case.get("note")), number, step["command"])
+
+
+@pytest.mark.parametrize("name", ["alfworld", "alfworld_quirks"])
+def test_golden_alfworld(name):
+    cases = json.loads(recorded(SHARED / f"{name}.json").read_text(encoding="utf-8"))
+    for case in cases:
+        check_case(case)
+    assert len(cases) > 0
+
+
+def test_golden_genuine_game():
+    folder = recorded(SHARED.parent / "data" / "alfworld" / "genuine")
+    cases = json.loads(recorded(SHARED / "alfworld.json").read_text(encoding="utf-8"))
+    first = next(case for case in cases if case.get("genuine"))["reset"]
+    env = AlfWorld(data=str(folder))
+    for seed in (0, 2**31 + 5):  # a single game serves both training and validation
+        observation, info = env.reset(seed)
+        assert (observation, sorted(env.options)) == (first["feedback"], first["admissible"])
+        assert info == {"won": False, "task_type": "pick_heat_then_place_in_recep"}
+    walkthrough = json.loads((folder / GENUINE / "game.tw-pddl").read_text())["walkthrough"]
+    for number, command in enumerate(walkthrough, start=1):
+        _, reward, terminated, truncated, info = env.step(command)
+        assert (reward, terminated, truncated) == (
+            (10, True, False) if number == len(walkthrough) else (0, False, False)
+        )
+    assert info["won"]
+
+
+def test_golden_multi_agent_game_is_refused(tmp_path):
+    folder = recorded(SHARED.parent / "data" / "alfworld" / "genuine_multi_agent_2024")
+    with pytest.raises(ValueError, match=r"traj_data.json: missing"):
+        AlfWorld(data=str(folder))
+    with pytest.raises(ValueError, match=r"game.tw-pddl: pddl_problem, line \d+: 3 agents, alice bob charlie"):
+        load_game(str(folder / GENUINE / "game.tw-pddl"), "pick_heat_then_place_in_recep")
+
+
+def test_golden_tables_are_alfreds():
+    tables = json.loads(recorded(SHARED.parent / "data" / "alfworld" / "tables.json").read_text())
+    from alfworld import ABILITIES, CONTAINS
+
+    genuine = {r.lower(): {o.lower() for o in objects} for r, objects in tables["can_contain"].items()}
+    known = {o.rstrip("?") for objects in OBJECTS.values() for o in objects}
+    for receptacle, objects in CONTAINS.items():
+        assert set(objects) & known == genuine[receptacle] & known, receptacle
+    for ability in ("heatable", "coolable", "cleanable", "sliceable"):
+        assert set(ABILITIES[ability]) == {o.lower() for o in tables["action_objects"][ability.title()]} & known
+
+
+# --------------------------------------------------------------------------------- a room made by hand
+
+ROOM = """(define (problem plan_room) (:domain alfred)
+(:objects agent1 - agent  start atsink atfridge atdesk atshelf - location
+    Sink_bar_1_bar_SinkBasin Fridge_bar_1 Microwave_bar_1 Desk_bar_1 Cabinet_bar_1 Cabinet_bar_2 - receptacle
+    Mug_bar_1 Mug_bar_2 Apple_bar_1 Knife_bar_1 DeskLamp_bar_1 Sink_bar_1 - object
+    SinkBasinType FridgeType MicrowaveType DeskType CabinetType - rtype
+    MugType AppleType KnifeType DeskLampType SinkType - otype)
+(:init (= (total-cost) 0) ; costs play no part
+    (atLocation agent1 start)
+    (receptacleType Sink_bar_1_bar_SinkBasin SinkBasinType) (receptacleAtLocation Sink_bar_1_bar_SinkBasin atsink)
+    (receptacleType Fridge_bar_1 FridgeType) (receptacleAtLocation Fridge_bar_1 atfridge) (openable Fridge_bar_1)
+    (receptacleType Microwave_bar_1 MicrowaveType) (receptacleAtLocation Microwave_bar_1 atfridge)
+    (openable Microwave_bar_1)
+    (receptacleType Desk_bar_1 DeskType) (receptacleAtLocation Desk_bar_1 atdesk)
+    (receptacleType Cabinet_bar_1 CabinetType) (receptacleAtLocation Cabinet_bar_1 atshelf)
+    (receptacleType Cabinet_bar_2 CabinetType) (receptacleAtLocation Cabinet_bar_2 atshelf)
+    (canContain SinkBasinType MugType) (canContain CabinetType MugType) (canContain DeskType MugType)
+    (canContain FridgeType AppleType) (canContain DeskType AppleType) (canContain DeskType KnifeType)
+    (objectType Mug_bar_1 MugType) (pickupable Mug_bar_1) (cleanable Mug_bar_1) (heatable Mug_bar_1)
+    (coolable Mug_bar_1) (inReceptacle Mug_bar_1 Cabinet_bar_1) (objectAtLocation Mug_bar_1 atshelf)
+    (objectType Mug_bar_2 MugType) (pickupable Mug_bar_2) (isReceptacleObject Mug_bar_2)
+    (inReceptacle Mug_bar_2 Desk_bar_1) (objectAtLocation Mug_bar_2 atdesk) (inReceptacleObject Knife_bar_1 Mug_bar_2)
+    (objectType Apple_bar_1 AppleType) (pickupable Apple_bar_1) (coolable Apple_bar_1) (sliceable Apple_bar_1)
+    (heatable Apple_bar_1) (inReceptacle Apple_bar_1 Fridge_bar_1) (objectAtLocation Apple_bar_1 atfridge)
+    (objectType Knife_bar_1 KnifeType) (pickupable Knife_bar_1) (inReceptacle Knife_bar_1 Desk_bar_1)
+    (objectAtLocation Knife_bar_1 atdesk)
+    (objectType DeskLamp_bar_1 DeskLampType) (toggleable DeskLamp_bar_1) (inReceptacle DeskLamp_bar_1 Desk_bar_1)
+    (objectAtLocation DeskLamp_bar_1 atdesk) (objectType Sink_bar_1 SinkType) (objectAtLocation Sink_bar_1 atsink))
+(:goal GOAL))
+"""
+
+
+def placed(conditions=""):
+    return (
+        f"(and (exists (?r - receptacle) (exists (?o - object) (and {conditions} (objectType ?o MugType)"
+        " (receptacleType ?r DeskType) (inReceptacle ?o ?r)))))"
+    )
+
+
+IN_CABINET = placed().replace("DeskType", "CabinetType")
+LIT = (
+    "(and (exists (?ot - object ?r - receptacle ?a - agent ?l - location) (and (objectType ?ot DeskLampType)"
+    " (toggleable ?ot) (isToggled ?ot) (receptacleAtLocation ?r ?l) (atLocation ?a ?l) (inReceptacle ?ot ?r)))"
+    " (exists (?o - object ?a - agent) (and (objectType ?o MugType) (holds ?a ?o))))"
+)
+TWO = (
+    "(and (exists (?r - receptacle) (exists (?o1 - object) (and (objectType ?o1 MugType)"
+    " (receptacleType ?r CabinetType) (inReceptacle ?o1 ?r) (exists (?o2 - object) (and (not (= ?o1 ?o2))"
+    " (objectType ?o2 MugType) (receptacleType ?r CabinetType) (inReceptacle ?o2 ?r)))))))"
+)
+
+
+def enter(goal=LIT, old=False, turns=50):
+    """An environment in the room made by hand."""
+    env = AlfWorld(turns=turns)
+    env.start(parse_problem(ROOM.replace("GOAL", goal), "do it", "any", old))
+    return env
+
+
+def play(env, *commands):
+    """The last feedback; every command but the last must leave the game unwon."""
+    for command in commands:
+        assert not env.done, f"over before {command}"
+        feedback, reward, terminated, _, info = env.step(command)
+        assert reward == 10 * info["won"] and terminated == info["won"]
+    return feedback
+
+
+FETCH = ("go to cabinet 2", "take mug 2 from cabinet 2")
+
+
+@pytest.mark.parametrize(
+    ("goal", "commands"),
+    [
+        # The mug on the desk is no cleanable, heatable or coolable one, so only the other one counts.
+        (placed("(cleanable ?o) (isClean ?o)"), "go to sinkbasin 1;clean mug 2 with sinkbasin 1"),
+        (placed("(heatable ?o) (isHot ?o)"), "go to fridge 1;heat mug 2 with microwave 1"),
+        (placed("(coolable ?o) (isCool ?o)"), "go to fridge 1;heat mug 2 with microwave 1;cool mug 2 with fridge 1"),
+    ],
+)
+def test_treat_and_place(goal, commands):
+    env = enter(goal)
+    play(env, *FETCH, *commands.split(";"), "go to desk 1", "move mug 2 to desk 1")
+    assert env.info()["won"]
+    env = enter(goal)
+    play(env, *FETCH, "go to desk 1", "move mug 2 to desk 1")
+    assert not env.info()["won"]
+    if "isCool" in goal:  # heating undoes cooling
+        env = enter(goal)
+        play(env, *FETCH, "go to fridge 1", "cool mug 2 with fridge 1", "heat mug 2 with microwave 1", "go to desk 1")
+        play(env, "move mug 2 to desk 1")
+        assert not env.info()["won"]
+
+
+def test_look_in_light_in_either_order_and_only_there():
+    env = enter(LIT)
+    play(env, "go to desk 1", "take mug 1 from desk 1", "go to cabinet 1", "use desklamp 1")
+    assert env.observation == "Nothing happens."
+    play(env, "go to desk 1", "use desklamp 1")
+    assert env.info()["won"] and env.observation == "You turn on the desklamp 1."
+    env = enter(LIT)
+    play(env, "go to desk 1", "use desklamp 1", *FETCH)
+    assert not env.info()["won"], "the lamp is elsewhere"
+    play(env, "go to desk 1")
+    assert env.info()["won"]
+
+
+def test_two_objects_in_one_receptacle():
+    env = enter(TWO)
+    play(env, "go to desk 1", "take mug 1 from desk 1", "go to cabinet 1", "move mug 1 to cabinet 1")
+    assert not env.info()["won"], "they are in two cabinets"
+    play(env, "take mug 1 from cabinet 1", "move mug 1 to cabinet 2")
+    assert env.info()["won"]
+
+
+def test_goal_true_at_the_start_ends_with_the_first_step():
+    env = enter(placed())
+    assert env.info()["won"] and not env.done
+    assert env.step("look")[1:4] == (10.0, True, False)
+    assert env.step("inventory")[:4] == (env.observation, 0.0, True, False)
+
+
+def test_texts():
+    env = enter(LIT)
+    assert env.observation == (
+        "-= Welcome to TextWorld, ALFRED! =-\n\nYou are in the middle of a room. Looking quickly around you, you see a "
+        "cabinet 2, a cabinet 1, a desk 1, a fridge 1, a microwave 1, and a sinkbasin 1.\n\nYour task is to: do it."
+    )
+    assert play(env, "look") == "You are in the middle of a room. Looking quickly around you, you see nothing."
+    assert play(env, "inventory") == "You are not carrying anything."
+    assert play(env, "help").startswith("Available commands:\n  look:  ")
+    assert play(env, "go to fridge 1") == "You arrive at fridge 1. The fridge 1 is closed."
+    assert play(env, "go to microwave 1") == "Nothing happens.", "it is at the same place"
+    assert play(env, " open fridge 1\n") == "You open the fridge 1. The fridge 1 is open. In it, you see a apple 1."
+    assert play(env, "look") == "You are facing the fridge 1, and microwave 1. Next to it, you see nothing."
+    assert play(env, "take apple 1 from fridge 1") == "You pick up the apple 1 from the fridge 1."
+    assert play(env, "examine apple 1") == "There's nothing special about apple 1."
+    assert play(env, "cool apple 1 with fridge 1") == "You cool the apple 1 using the fridge 1."
+    assert play(env, "examine apple 1") == "This is a cold apple 1."
+    assert play(env, "heat apple 1 with microwave 1") == "You heat the apple 1 using the microwave 1."
+    assert play(env, "examine apple 1") == "This is a hot apple 1."
+    assert play(env, "move apple 1 to microwave 1") == "Nothing happens.", "it is closed, and takes no apples anyway"
+    assert play(env, "move apple 1 to fridge 1") == "You move the apple 1 to the fridge 1."
+    assert play(env, "close fridge 1") == "You close the fridge 1."
+    assert play(env, "go to desk 1") == (
+        "You arrive at desk 1. On the desk 1, you see a desklamp 1, a knife 1, and a mug 1."
+    )
+    assert play(env, "take knife 1 from desk 1", "slice apple 1 with knife 1") == "Nothing happens.", "it is elsewhere"
+    assert play(env, "go to fridge 1", "slice apple 1 with knife 1") == "You sliced the apple 1 with the knife 1."
+    assert play(env, "inventory") == "You are carrying: a knife 1."
+    assert play(env, "go to desk 1", "move knife 1 to desk 1", "take mug 1 from desk 1", "examine mug 1") == (
+        "This is a normal mug 1. In it, you see a knife 1."
+    )
+    assert "examine desklamp 1" not in env.options and "take desklamp 1 from desk 1" not in env.options
+
+
+def test_look_lists_what_was_moved_between_receptacles_of_one_place():
+    env = enter(LIT)
+    play(env, *FETCH, "move mug 2 to cabinet 1")
+    assert play(env, "look") == "You are facing the cabinet 2, and cabinet 1. Next to it, you see a mug 2."
+    play(env, "take mug 2 from cabinet 1", "move mug 2 to cabinet 2")
+    assert play(env, "look") == "You are facing the cabinet 2, and cabinet 1. Next to it, you see a mug 2."
+    play(env, "take mug 2 from cabinet 2", "move mug 2 to cabinet 1", "take mug 2 from cabinet 1")
+    assert play(env, "look") == "You are facing the cabinet 2, and cabinet 1. Next to it, you see nothing."
+
+
+def test_old_dialect():
+    env = enter(IN_CABINET.replace("MugType", "KnifeType"), old=True)
+    assert play(env, "help") == "Nothing happens."
+    assert (
+        play(env, "go to desk 1")
+        == "You arrive at atdesk. On the desk 1, you see a desklamp 1, a knife 1, and a mug 1."
+    )
+    play(env, "take mug 1 from desk 1")
+    assert "move mug 1 to desk 1" not in env.options
+    assert play(env, "put mug 1 in/on desk 1") == "You put the mug 1 in/on the desk 1."
+
+
+def test_admissible_commands():
+    env = enter(LIT)
+    everywhere = ["go to cabinet 1", "go to cabinet 2", "go to desk 1", "go to fridge 1", "go to microwave 1"]
+    assert sorted(env.options) == [*everywhere, "go to sinkbasin 1", "help", "inventory", "look"]
+    assert env.actions() == [command for command in sorted(env.options) if command != "help"]
+    play(env, "go to desk 1", "take knife 1 from desk 1")
+    expected = "examine desk 1;examine knife 1;go to cabinet 1;go to cabinet 2;go to fridge 1;go to microwave 1;"
+    expected += "go to sinkbasin 1;help;inventory;look;move knife 1 to desk 1;use desklamp 1"
+    assert sorted(env.options) == expected.split(";")
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "<action><action>look</action></action>",
+        "<action>[go to [desk 1]]</action>",
+        "<action>go to\tdesk 1</action>",
+        "<action>go to desk 1\x00\x1b[2J</action>",
+        "<action>\u202ego to desk 1\u202c</action>",
+        "<action>اذهب إلى المكتب</action>",
+        "</action>go to desk 1<action>",
+        "<action></action>",
+        "",
+        "x" * 10_000_000,
+    ],
+)
+def test_strange_replies_do_nothing_and_cost_a_turn(reply):
+    env = enter(LIT, turns=2)
+    facts = set(env.state.facts)
+    action, is_valid = env.parse(reply)
+    assert is_valid == ("<action>" in reply) and len(action) <= max(30, len(reply) if is_valid else 0)
+    assert env.step(action)[:4] == ("Nothing happens.", 0.0, False, False) and env.state.facts == facts
+    assert env.step(action)[:4] == ("Nothing happens.", 0.0, False, True)
+
+
+def test_parse():
+    env = AlfWorld()
+    assert env.parse("Hm. <action> Go to Desk 1 </action> or <action>look</action>") == ("go to desk 1", True)
+    assert env.parse("A" * 40) == ("a" * 30, False), "as the original, which then plays that"
+
+
+# ------------------------------------------------------------------------------------ generated games
+
+
+@pytest.mark.parametrize("options", [{}, {"receptacles": 8, "objects": 10}])
+def test_500_games_are_won_or_cannot_be(options):
+    """The expert wins each in the length of its plan; the few that need more than ten turns are counted."""
+    env, rng, unwinnable, types = AlfWorld(**options), random.Random(0), [], set()
+    for seed in range(500):
+        _, info = env.reset(seed)
+        assert not info["won"]
+        types.add(info["task_type"])
+        env.expert()
+        least, done = len(env.plan), False
+        while not done:
+            _, _, terminated, truncated, info = env.step(env.parse(env.scripted(1.0, rng))[0])
+            done = terminated or truncated
+        assert info["won"] == (least <= env.turn_limit) and env.turns == min(least, env.turn_limit)
+        if not info["won"]:
+            unwinnable.append(seed)
+    assert len(unwinnable) <= 5 and types == {task[0] for task in TASKS.values()}
+    patient = AlfWorld(turns=20, **options)
+    for seed in unwinnable:  # not for want of a plan
+        patient.reset(seed)
+        while not patient.done:
+            patient.step(patient.parse(patient.scripted(1.0, rng))[0])
+        assert patient.info()["won"] and patient.turns > env.turn_limit
+
+
+def least_steps(state, most):
+    """Fewest commands that win, by breadth-first search over everything that can be done; None if more than `most`."""
+    seen, frontier = {frozenset(state.facts)}, [state]
+    for steps in range(1, most + 1):
+        reached = []
+        for state in frontier:
+            for action in state.actions():
+                after = state.copy()
+                after.apply(action)
+                if after.won:
+                    return steps
+                key = frozenset(fact for fact in after.facts if fact[0] != "notin")
+                if key not in seen:
+                    seen.add(key)
+                    reached.append(after)
+        frontier = reached
+    return None
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_plans_are_shortest(task):
+    for seed in range(3 if task == "pick2" else 5):
+        game = make_game(seed, (task,), 3, 3, range(30))
+        plans = [find_plan(State(game), way) for way in game.goal]
+        assert least_steps(State(game), 12) == min(len(plan) for plan in plans if plan is not None)
+
+
+def test_games_of_training_and_validation_differ():
+    seeds = range(150)
+    for options in ({}, {"validation": "seen"}, {"receptacles": 8, "objects": 10}):
+        env = AlfWorld(**options)
+        splits = []
+        for first in (0, 2**31):
+            games = set()
+            for seed in seeds:
+                env.reset(first + seed)
+                game = env.state.game
+                games.add((game.task, frozenset(game.start), frozenset(game.static)))
+            splits.append(games)
+        assert not splits[0] & splits[1] and min(map(len, splits)) > 147
+    env, rooms = AlfWorld(), []
+    for first in (0, 2**31):
+        rooms.append(set())
+        for seed in seeds:
+            env.reset(first + seed)
+            place = env.state.game.place
+            if "fridge_bar_00" in place:
+                rooms[-1].add(tuple(sorted(place.items())))
+    assert not rooms[0] & rooms[1] and len(rooms[1]) <= 4, "validation kitchens were never trained in"
+
+
+@pytest.mark.parametrize(("tasks", "kinds"), [("pick,look,clean,heat", 4), ("cool, pick2", 2)])
+def test_tasks_are_those_asked_for(tasks, kinds):
+    env = AlfWorld(tasks=tasks)
+    types = {env.reset(seed)[1]["task_type"] for seed in range(60)}
+    assert types == {TASKS[name.strip()][0] for name in tasks.split(",")} and len(types) == kinds
+
+
+def test_the_same_in_every_process():
+    """Texts, plans and the scripted player's choices do not depend on the hash seed."""
+    code = """if True:
+        import random, zlib
+        from envs import make_env
+        env, rng, text = make_env("worlds/alfworld.py:AlfWorld"), random.Random(1), ""
+        for seed in range(40):
+            text += env.reset(seed)[0]
+            notes = ["mug 1 in cabinet 1", "no book in shelf 1"]
+            while not env.done:
+                action = env.parse(env.scripted(0.3, rng, notes))[0]
+                text += action + env.step(action)[0] + env.anchor() + ",".join(env.actions())
+            text += env.scripted_reflection(rng)
+        print(zlib.crc32(text.encode()))"""
+    outputs = {
+        subprocess.check_output([sys.executable, "-c", code], cwd=HERE.parent, env={**os.environ, "PYTHONHASHSEED": h})
+        for h in ("0", "1")
+    }
+    assert len(outputs) == 1
+
+
+def test_restart_is_the_same_task():
+    env = make_env(str(HERE / "alfworld.py") + ":AlfWorld")
+    for seed in (3, 2**31 + 3):
+        first = env.reset(seed)
+        while not env.done:
+            env.step(env.parse(env.scripted(0.5, random.Random(seed)))[0])
+        assert env.reset(seed) == first and env.anchor() == ""
+
+
+def novice_wins(notes_of, seeds=range(150)):
+    """Share of tasks a novice wins with notes from a first episode."""
+    wins, env = 0, AlfWorld(receptacles=10, objects=12)
+    for seed in seeds:
+        rng = random.Random(seed)
+        env.reset(seed)
+        while not env.done:
+            env.step(env.parse(env.scripted(0.0, rng))[0])
+        notes = notes_of(env, rng)
+        env.reset(seed)
+        while not env.done:
+            env.step(env.parse(env.scripted(0.0, rng, notes))[0])
+        wins += env.info()["won"]
+    return wins / len(seeds)
+
+
+def test_notes_help_the_novice():
+    def reflect(env, rng):
+        return [env.scripted_reflection(rng)[len("<remark>") : -len("</remark>")]]
+
+    with_notes, without = novice_wins(reflect), novice_wins(lambda env, rng: [])
+    assert with_notes > without + 0.2, (with_notes, without)
+
+
+def test_the_novice_goes_where_its_notes_say_and_writes_what_it_saw():
+    env = enter(LIT)
+    goes = [env.novice(random.Random(i), ["mug 2 in cabinet 2"]) for i in range(200)]
+    assert goes.count(("go", "cabinet_bar_1")) > 120, "cabinet 2 is the first by raw id"
+    play(env, "go to desk 1")
+    assert sorted(env.scripted_reflection(random.Random(0))[8:-9].split(", ")) == [
+        "desklamp 1 in desk 1",
+        "mug 1 in desk 1",
+    ]
+    env = enter(TWO)
+    play(env, "go to sinkbasin 1", "go to fridge 1")
+    assert env.scripted_reflection(random.Random(0)) == "<remark>no mug in sinkbasin 1</remark>"
+
+
+def test_compact_prompts_are_short():
+    train = pytest.importorskip("train")
+    recorder, env = train.Recorder(), AlfWorld(receptacles=8, objects=10)
+    for seed in range(60):
+        options = dict(style="compact", max_prompt=10**6)
+        train.scripted_trial(env, seed, 3, recorder, 0.0, random.Random(seed), **options)
+    lengths = [len(train.PIECES.findall(text)) for text in recorder.texts]
+    assert len(lengths) > 500 and max(lengths) <= 300
+
+
+# --------------------------------------------------------------------------------------- broken files
+
+GRAMMAR = 'action PutObject { template :: "move {o} to {r}"; } "rhs": "Your task is to: do it."'
+
+
+def write_game(folder, problem, grammar=GRAMMAR, solvable=True):
+    """A data folder with one game."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {
+        "pddl_domain": "",
+        "grammar": grammar,
+        "pddl_problem": problem,
+        "solvable": solvable,
+        "walkthrough": None,
+    }
+    (folder / "game.tw-pddl").write_text(json.dumps(content))
+    (folder / "traj_data.json").write_text(json.dumps({"task_type": "look_at_obj_in_light"}))
+    return folder
+
+
+def test_data_folders(tmp_path):
+    for split in ("train", "valid_seen", "valid_unseen"):
+        for i in range(2):
+            write_game(
+                tmp_path / split / f"game{i}", ROOM.replace("GOAL", LIT), GRAMMAR.replace("do it", f"{split} {i}")
+            )
+    (tmp_path / "train" / "unsolved").mkdir()
+    (tmp_path / "train" / "unsolved" / "traj_data.json").write_text('{"task_type": "look_at_obj_in_light"}')
+    write_game(tmp_path / "train" / "hard", ROOM.replace("GOAL", LIT), solvable=False)
+    write_game(tmp_path / "train" / "pick_and_place_with_movable_recep", ROOM.replace("GOAL", LIT))
+
+    def tasks(seeds, folder=tmp_path, **options):
+        env = AlfWorld(data=str(folder), **options)
+        return sorted({env.reset(seed)[0].split("task is to: ")[1] for seed in seeds})
+
+    held_out = range(2**31, 2**31 + 10)
+    assert tasks(range(10)) == ["train 0.", "train 1."]
+    assert tasks(held_out) == ["valid_unseen 0.", "valid_unseen 1."]
+    assert tasks(held_out, validation="seen") == ["valid_seen 0.", "valid_seen 1."]
+    flat = [tasks(seeds, tmp_path / "train") for seeds in (range(10), held_out)]
+    assert sorted(flat[0] + flat[1]) == ["train 0.", "train 1."], "without split folders some games are held out"
+    with pytest.raises(ValueError, match="no game of the wanted tasks"):
+        AlfWorld(data=str(tmp_path), tasks="cool")
+
+
+PROBLEMS = {
+    "unknown predicate": (ROOM.replace("(openable Fridge_bar_1)", "\n(edible Fridge_bar_1)"), "line 11: unknown"),
+    "arguments": (ROOM.replace("(openable Fridge_bar_1)", "(openable Fridge_bar_1 start)"), "line 10: unknown"),
+    "undeclared": (ROOM.replace("(openable Fridge_bar_1)", "(openable Fridge_bar_7)"), "line 10: fridge_bar_7"),
+    "never closed": (ROOM.replace("(:init", "((:init"), "line 1: the parenthesis"),
+    "one too many": (ROOM + ")", "one closing parenthesis too many"),
+    "no problem": ("hello", "line 1: a problem is"),
+    "nothing": ("", "line 1: a problem is"),
+    "bare goal": (ROOM.replace("GOAL", ""), "the goal is empty"),
+    "empty and": (ROOM.replace("GOAL", "(and)"), "the goal is empty"),
+    "empty inside": (ROOM.replace("GOAL", "(and (exists (?r - receptacle) (and)))"), "unknown predicate"),
+    "goal predicate": (ROOM.replace("GOAL", "(and (edible ?o))"), "unknown predicate"),
+    "unbound": (ROOM.replace("GOAL", "(and (isHot ?o))"), r"the goal names \?o"),
+    "goal type": (ROOM.replace("GOAL", "(exists (?o - thing) (isHot ?o))"), "the goal names thing"),
+    "word as goal": (ROOM.replace("GOAL", "win"), "no fact|unknown predicate"),
+    "untyped": (ROOM.replace("- location", ""), "has no type|not declared|no agent"),
+    "no place": (ROOM.replace("(atLocation agent1 start)", ""), "exactly one place"),
+    "two agents": (ROOM.replace("agent1 - agent", "agent1 bob - agent"), "2 agents, agent1 bob"),
+    "no init": (ROOM.replace("(:init", "(:start"), "exactly one place"),
+    "deep": ("(" * 100_000, "nested too deeply"),
+    "large goal": (
+        ROOM.replace("GOAL", "(exists (?a ?b ?c ?d ?e ?f ?g ?h - object) (and (isHot ?a) (isHot ?h)))"),
+        "too many variables",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_broken_problems_end_in_one_clear_line(name, tmp_path):
+    problem, message = PROBLEMS[name]
+    folder = write_game(tmp_path, problem.replace("GOAL", LIT))
+    with pytest.raises(ValueError, match=message) as error:
+        AlfWorld(data=str(folder))
+    assert len(str(error.value).splitlines()) == 1 and len(str(error.value)) < 400
+    assert str(folder / "game.tw-pddl") in str(error.value) and "line " in str(error.value)
+
+
+FILES = {
+    "game missing": ("game.tw-pddl", None, "is missing"),
+    "trajectory missing": ("traj_data.json", None, "missing, though there is"),
+    "truncated": ("game.tw-pddl", b'{"grammar": "Your task', r"line 1 column 13"),
+    "trajectory truncated": ("traj_data.json", b'{\n"task_type": ', r"line 2 column 1"),
+    "not utf-8": ("game.tw-pddl", b'{"grammar": "\xff\xfe"}', "position 13"),
+    "long line": ("game.tw-pddl", b'{"grammar": "' + b"x" * 10_000_000 + b'"}', "10,000,015 bytes"),
+    "list": ("game.tw-pddl", b"[1, 2]", "not a JSON object"),
+    "no texts": ("game.tw-pddl", b'{"solvable": true, "grammar": 7}', "no pddl_problem"),
+    "deep": ("game.tw-pddl", b"[" * 1_000_000, "recursion"),
+    "huge number": ("game.tw-pddl", b'{"solvable": ' + b"9" * 10_000 + b"}", "digits"),
+    "not solvable": ("game.tw-pddl", b'{"solvable": null}', "not marked as solvable"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_broken_files_end_in_one_clear_line(name, tmp_path):
+    filename, content, message = FILES[name]
+    folder = write_game(tmp_path / "train", ROOM.replace("GOAL", LIT))
+    shutil.copytree(folder, tmp_path / "valid_unseen")
+    path = folder / filename
+    path.unlink() if content is None else path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        AlfWorld(data=str(tmp_path))
+    assert len(str(error.value).splitlines()) == 1 and len(str(error.value)) < 400 and str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tasks": "pick,fly"},
+        {"tasks": ""},
+        {"turns": 0},
+        {"receptacles": 2},
+        {"objects": 0},
+        {"validation": "both"},
+        {"data": "/nowhere/at/all"},
+        {"data": ".", "objects": 5},
+    ],
+)
+def test_bad_options_end_in_one_clear_line(options):
+    with pytest.raises(ValueError, match="--") as error:
+        AlfWorld(**options)
+    assert len(str(error.value).splitlines()) == 1
