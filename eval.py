@@ -59,6 +59,13 @@ class EvalConfig:
     min_solution: int | None = None
     max_solution: int | None = None
     codes: int | None = None
+    data: str | None = None
+    products: int | None = None
+    human_goals: bool | None = None
+    tasks: str | None = None
+    receptacles: int | None = None
+    objects: int | None = None
+    validation: str | None = None
 
 
 PROMPTING = {
@@ -152,6 +159,8 @@ def prepare(argv: Sequence[str]) -> tuple[EvalConfig, Config, str]:
         raise ValueError(f"--num_tasks must be at least 1, got {given.num_tasks}")
     if given.json and not Path(given.json).absolute().parent.is_dir():
         raise ValueError(f"--json {given.json}: there is no such folder")
+    if given.prompting and given.memory:
+        raise ValueError("--prompting sets the memory itself; leave out --memory")
     if given.prompting and given.prompting not in PROMPTING:
         raise ValueError(f"--prompting must be one of {', '.join(PROMPTING)}, not {given.prompting!r}")
     done = train.checkpoints(given.model)
@@ -182,7 +191,7 @@ def main(argv: Sequence[str]) -> None:
         given, config, source = prepare(argv)
         train.env_of(config).reset(seed=EVAL_SEED)
         model, chat = train.load_policy(source, config.dtype, config.device)
-        sampler = train.make_sampler(config, model, chat)
+        sampler = train.make_sampler(config, model, chat, given.num_tasks)
         own = {k: getattr(given, k) for k in ("temperature", "top_p", "top_k") if getattr(given, k) is not None}
         sampling = train.eval_sampling(config, seed=given.seed, step=2**33, **own)
         seeds = [EVAL_SEED + i for i in range(given.num_tasks)]
@@ -219,3 +228,5 @@ if __name__ == "__main__":
         sys.exit("eval.py: stopped")
     except OSError as error:
         sys.exit(f"eval.py: {error}")
+    except train.torch.OutOfMemoryError:
+        sys.exit("eval.py: out of GPU memory; lower --slots or --max_prompt")

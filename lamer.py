@@ -18,6 +18,7 @@ are known only by the interface in envs.py.
 """
 
 import math
+import re
 from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -280,7 +281,11 @@ class Chat:
         if tokenizer.chat_template:
             message = [{"role": "user", "content": marker}]
             text = tokenizer.apply_chat_template(
-                message, tokenize=False, add_generation_prompt=True, enable_thinking=False
+                message,
+                tokenize=False,
+                add_generation_prompt=True,
+                enable_thinking=False,
+                date_string="1 January 2026",  # some templates print today's date: a run resumed tomorrow would differ
             )
             head, _, tail = text.partition(marker)
         self.head = tokenizer.encode(head, add_special_tokens=False)
@@ -289,6 +294,11 @@ class Chat:
         if self.backend:
             self.backend.no_truncation()
             self.backend.no_padding()
+        # Markers not declared special, such as Qwen3's <think>, are split after their first character to stay text. The
+        # tiny policy's pieces are added tokens on purpose.
+        added = [t.content for t in tokenizer.added_tokens_decoder.values() if not t.special and len(t.content) > 1]
+        cuts = [f"(?<={re.escape(text[0])})(?={re.escape(text[1:])})" for text in added]
+        self.markers = re.compile("|".join(cuts)) if cuts and not tokenizer.init_kwargs.get("is_tiny") else None
         self.stop_ids = {i for i in (*stop_ids, tokenizer.eos_token_id) if i is not None}
         if not self.stop_ids:
             raise ValueError("the tokenizer has no end-of-sequence token, so replies would never end")
@@ -303,7 +313,8 @@ class Chat:
         if self.backend is None:
             return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
         self.backend.encode_special_tokens = True
-        return self.backend.encode(text, add_special_tokens=False).ids
+        pieces = self.markers.split(text) if self.markers else [text]
+        return [i for piece in pieces for i in self.backend.encode(piece, add_special_tokens=False).ids]
 
     def decode(self, reply_ids: Sequence[int]) -> str:
         """The text of a reply, without its end token."""
@@ -451,14 +462,16 @@ class SlotSampler:
     """
 
     def __init__(self, model: Any, chat: Chat, slots: int, max_prompt: int, max_reply: int, prefill_tokens: int = 8192):
-        layers = set(getattr(model.config, "layer_types", None) or ["full_attention"])
-        if layers != {"full_attention"} or getattr(model.config, "sliding_window", None):
+        shape = model.config.get_text_config()
+        window = getattr(shape, "sliding_window", None) or math.inf
+        layers = set(getattr(shape, "layer_types", None) or ["full_attention"])
+        if layers != {"full_attention"} or window < max_prompt + max_reply:
             raise UnsupportedModelError("this model has layers without full attention")
         if model.config._attn_implementation not in ("eager", "sdpa"):
             raise UnsupportedModelError("the slot sampler's mask needs eager or sdpa attention")
         self.model, self.chat, self.num_slots = model, chat, slots
         self.max_reply, self.prefill_tokens = max_reply, prefill_tokens
-        self.cache = SlotCache(model.config.num_hidden_layers, slots, max_prompt + max_reply, model.device)
+        self.cache = SlotCache(shape.num_hidden_layers, slots, max_prompt + max_reply, model.device)
 
     @torch.no_grad()
     def run(self, trials: Sequence[Generator], ids: Sequence[int], sampling: Sampling) -> list[Trial]:
@@ -673,6 +686,16 @@ def cross_episode_returns(
     return returns[::-1]
 
 
+def credited_rewards(trial: Trial, reward: str = "env") -> list[list[float]]:
+    """The rewards that count, one list per episode: the environment's, or for "success" 10 for the win and no other."""
+    rewards = trial.rewards()
+    if reward == "success":
+        rewards = [[0.0] * len(episode) for episode in rewards]
+        if trial.won_in is not None:
+            rewards[-1][-1] = 10.0
+    return rewards
+
+
 def compute_returns(
     trials: Iterable[Trial],
     credit: str,
@@ -687,12 +710,7 @@ def compute_returns(
     first win, a large gamma_traj can pay for putting the win off; this is the control.
     """
     for trial in trials:
-        rewards = trial.rewards()
-        if reward == "success":
-            rewards = [[0.0] * len(episode) for episode in rewards]
-            if trial.won_in is not None:
-                rewards[-1][-1] = 10.0
-        returns = cross_episode_returns(rewards, credit, gamma_step, gamma_traj)
+        returns = cross_episode_returns(credited_rewards(trial, reward), credit, gamma_step, gamma_traj)
         position = defaultdict(int)
         for turn in trial.turns:
             if turn.phase == "reflect":
@@ -718,7 +736,7 @@ def center(values: Sequence[float], norm: str = "mean") -> list[float]:
 
 
 ESTIMATORS = ("reinforce", "rloo", "grpo", "gigpo", "ppo")
-NORM_OF = {"rloo": "leave_one_out", "grpo": "mean_std"}  # the others take --norm
+NORM_OF = {"rloo": "leave_one_out", "grpo": "mean_std"}  # what these are; the others take `norm`
 
 
 def compute_advantages(
@@ -757,7 +775,11 @@ def compute_advantages(
 
 
 def official_advantages(
-    groups: Iterable[Sequence[Trial]], estimator: str, norm: str = "mean", step_weight: float = 1.0
+    groups: Iterable[Sequence[Trial]],
+    estimator: str,
+    norm: str = "mean",
+    step_weight: float = 1.0,
+    reward: str = "env",
 ) -> None:
     """Set `advantage` of every turn as the official code does (facts/games.md 4): a group's rows in one pot.
 
@@ -769,7 +791,7 @@ def official_advantages(
     for group in groups:
         turns, scores, anchors = [], [], defaultdict(list)
         for trial in group:
-            rewards = [sum(episode) for episode in trial.rewards()]
+            rewards = [sum(episode) for episode in credited_rewards(trial, reward)]
             turns += trial.turns
             scores += [rewards[t.episode] * (t.phase == "play") - t.penalty for t in trial.turns]
         for turn, value in zip(turns, center(scores, norm) if len(turns) > 1 else scores, strict=True):
@@ -884,10 +906,10 @@ KL_ESTIMATES = ("k1", "k2", "k3")
 
 
 def kl_estimate(logps: Tensor, reference: Tensor, kind: str = "k3") -> Tensor:
-    """Per-token estimate of KL(policy || reference) from tokens the policy drew (Schulman 2020), capped at +-10.
+    """Per-token estimate of KL(policy || reference) from tokens the policy drew (Schulman 2020).
 
     k1 = d, k2 = d^2/2, k3 = exp(-d) - 1 + d with d = logps - reference. As a loss k2 has KL's gradient, k3 nearly so;
-    k1's is zero on average, it is here for comparisons.
+    k1's is zero on average, it is here for comparisons. k3 is capped at 10, as in the official code.
     """
     d = logps - reference
     return {"k1": d, "k2": d * d / 2, "k3": (torch.expm1(-d) + d).clamp(-10, 10)}[kind]
@@ -954,7 +976,9 @@ class Optimizer:
             {"params": [p for n, p in self.masters.items() if n not in values]},
             {"params": [p for n, p in self.masters.items() if n in values], "lr": value_lr, "weight_decay": 0.0},
         ]
-        self.adamw = torch.optim.AdamW(groups, lr=lr, **{"weight_decay": 0.0} | adamw)
+        # fused: the default on a GPU makes temporary copies as large as a moment
+        defaults = dict(weight_decay=0.0, fused=model.device.type == "cuda")
+        self.adamw = torch.optim.AdamW(groups, lr=lr, **defaults | adamw)
 
     def accumulate(self, name: str, weight: Tensor) -> None:
         """Move a weight's fresh gradient into its fp32 sum."""
@@ -974,6 +998,9 @@ class Optimizer:
                 squares += [grad.square().sum().cpu()] if name in self.policy else []
         [square] = all_reduce_sum([torch.stack(squares).sum().item()], weight.device)
         norm = math.sqrt(square)
+        if not math.isfinite(norm):  # the same on every process; a broken step must not reach the weights
+            self.adamw.zero_grad()
+            return norm
         for name, master in self.masters.items():
             master.grad.mul_(min(1.0, max_norm / (norm + 1e-6)) if name in self.policy else 1.0)
         self.adamw.step()

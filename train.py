@@ -13,7 +13,7 @@ exactly.
 
 Simplifications against the paper and the official code:
 1. One process per GPU holds the whole model and plays its own tasks; no separate inference servers.
-2. One pass over each batch of trials, as in the official scripts; no value function, no KL to the starting model yet.
+2. One pass over each batch of trials, as in the official scripts. PPO's value is one per turn, not per token.
 3. Gradients are summed over processes once per optimizer step: what DistributedDataParallel does, by hand and in fp32.
 4. The learning rate is constant.
 """
@@ -30,6 +30,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -70,7 +71,7 @@ transformers_logging.disable_progress_bar()
 class Config:
     """All options of a run; the flags are built from it. None is filled in from the tables below."""
 
-    env: str = "lockbox"  # lockbox, minesweeper, sokoban, or a class of yours as file.py:Class
+    env: str = "lockbox"  # lockbox, minesweeper, sokoban, webshop, alfworld, or a class of yours as file.py:Class
     model: str | None = None  # tiny, a folder, or a hub name; default: tiny without a GPU, Qwen/Qwen3-4B with one
     out: str | None = None  # run folder; default: runs/<env>-<number>
     resume: str | None = None  # run folder to go on with
@@ -78,7 +79,7 @@ class Config:
     steps: int | None = None  # training steps (paper: 300)
     # the trial
     episodes: int | None = None  # N, episodes per trial (paper: 3; 1 is the RL baseline)
-    num_tasks: int = 16  # tasks per step, over all processes (paper: 16)
+    num_tasks: int | None = None  # tasks per step, over all processes (paper: 16)
     group_size: int = 8  # trials per task (paper: 8, and 24 for RL)
     memory: str = "reflection"  # what later episodes see of a failed one: none, history, reflection, both
     style: str | None = None  # prompts: full, direct without reasoning, or compact for the tiny policy
@@ -87,7 +88,7 @@ class Config:
     reward: str = "env"  # env, or success: only the win counts
     credit: str | None = None  # how returns cross episodes: paper or official (see lamer.cross_episode_returns)
     estimator: str = "gigpo"  # advantages: reinforce, rloo, grpo, gigpo, ppo (see lamer.compute_advantages)
-    norm: str = "mean"  # mean, or mean_std to divide advantages by the standard deviation
+    norm: str = "mean"  # reinforce and gigpo: mean, or mean_std to divide advantages by the standard deviation
     step_weight: float = 1.0  # weight of GiGPO's step part
     gamma_step: float = 0.95  # discount from turn to turn
     gamma_traj: float | None = None  # discount from episode to episode (scripts: 0.6 MineSweeper, 0.9 Sokoban)
@@ -129,6 +130,13 @@ class Config:
     min_solution: int | None = None  # Sokoban: least moves of a level's shortest solution
     max_solution: int | None = None  # Sokoban: most moves of a level's shortest solution
     codes: int | None = None  # Lockbox
+    data: str | None = None  # WebShop, ALFWorld: folder with the genuine files; default: a generated world
+    products: int | None = None  # WebShop: size of the catalogue
+    human_goals: bool | None = None  # WebShop: people's instructions instead of synthetic ones
+    tasks: str | None = None  # ALFWorld: task types, such as pick,look,clean,heat
+    receptacles: int | None = None  # ALFWorld: at most so many in a generated room
+    objects: int | None = None  # ALFWorld: at most so many in a generated room
+    validation: str | None = None  # ALFWorld: evaluate in rooms unseen or seen in training
     # the tiny policy
     tiny_hidden: int | None = None  # width
     tiny_layers: int | None = None  # depth
@@ -150,7 +158,8 @@ RESUME_OPTIONS = (
 )
 UPDATE_OPTIONS = ("clip", "clip_high", "dual_clip", "entropy_bonus", "kl_coef", "kl", "grad_clip")
 UPDATE_OPTIONS += ("minibatch", "microbatch_tokens")
-ENV_OPTIONS = ("size", "mines", "turns", "boxes", "min_solution", "max_solution", "codes")
+ENV_OPTIONS = ("size", "mines", "turns", "boxes", "min_solution", "max_solution", "codes", "data", "products")
+ENV_OPTIONS += ("human_goals", "tasks", "receptacles", "objects", "validation")
 PRESETS = {
     "paper": dict(credit="paper", dual_clip=0.0, entropy_bonus=0.0, weight_decay=0.0),
     "official": dict(credit="official", dual_clip=3.0, entropy_bonus=0.001, weight_decay=0.01),
@@ -170,6 +179,7 @@ CHOICES = {
 # Later tables win. A real model trains on the paper's settings; the tiny one's were found by trying (README).
 DEFAULTS = dict(
     steps=300,
+    num_tasks=16,
     episodes=3,
     gamma_traj=0.6,
     style="full",
@@ -180,7 +190,12 @@ DEFAULTS = dict(
     max_prompt=2048,
     max_reply=1024,
 )
-ENV_DEFAULTS = {"lockbox": dict(episodes=2), "sokoban": dict(gamma_traj=0.9)}
+ENV_DEFAULTS = {
+    "lockbox": dict(episodes=2),
+    "sokoban": dict(gamma_traj=0.9),
+    "webshop": dict(steps=150, num_tasks=8, max_prompt=8192),
+    "alfworld": dict(steps=150, num_tasks=8, max_prompt=4096),
+}
 TINY_DEFAULTS = dict(
     steps=100,
     style="compact",
@@ -200,6 +215,8 @@ TINY_ENV_DEFAULTS = {
     ),
     "minesweeper": dict(size=4, mines=2, turns=9),
     "sokoban": dict(steps=120, boxes=1, warm_steps=500, warm_batch=48),
+    "webshop": dict(num_tasks=16, max_prompt=256),
+    "alfworld": dict(num_tasks=16, max_prompt=320, receptacles=8, objects=10),
 }
 
 
@@ -236,6 +253,8 @@ def resolve(config: Config) -> Config:
         if getattr(config, name) is not None and getattr(config, name) < least:
             why = " (advantages compare the trials of a group)" if name == "group_size" else ""
             raise ValueError(f"--{name} must be at least {least}, got {getattr(config, name)}{why}")
+    if config.kl_coef < 0 or 0 < config.dual_clip <= 1:
+        raise ValueError("--kl_coef must be 0 or more, and --dual_clip 0 or above 1")
     if config.temperature <= 0:
         raise ValueError(f"--temperature must be above 0 in training, got {config.temperature}")
     if config.device.startswith("cuda") and not torch.cuda.is_available():
@@ -351,7 +370,7 @@ def make_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in pieces])
-    special = dict(eos_token="<|end|>", additional_special_tokens=["<|user|>", "<|assistant|>"])
+    special = dict(eos_token="<|end|>", additional_special_tokens=["<|user|>", "<|assistant|>"], is_tiny=True)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
     tokenizer.chat_template = "<|user|>{{ messages[0]['content'] }}<|assistant|>"
     return tokenizer
@@ -556,29 +575,45 @@ def memory_plan(config: Config, shape: Any, num_weights: int, world: int) -> dic
     return {name: need / 1e9 for name, need in plan.items()}
 
 
-def fit_slots(plan: dict[str, float], total_gb: float, most: int) -> int:
-    """How many slots fit into `total_gb`, up to `most`; ValueError says what to lower if it is none."""
+def fit_slots(plan: dict[str, float], total_gb: float, most: int) -> tuple[int, str]:
+    """How many slots fit into `total_gb`, up to `most`, and the sum in words; ValueError if it is none."""
     fixed = sum(need for name, need in plan.items() if name != "slot")
     slots = min(most, int((0.92 * total_gb - fixed) / plan["slot"]))  # the rest is for the allocator's gaps
     parts = " + ".join(f"{name} {need:.1f}" for name, need in plan.items() if name != "slot" and need)
     line = f"memory per GPU in GB: {parts} + {max(slots, 0)} slots of {plan['slot']:.2f}, of {total_gb:.1f}"
     if slots < 1:
-        raise ValueError(f"{line}: too much; give --grad_checkpoint, lower --microbatch_tokens, or take more GPUs")
-    print(line, file=sys.stderr)
-    return slots
+        raise ValueError(f"{line}: too much; lower --microbatch_tokens or --max_prompt, or take more GPUs")
+    return slots, line
 
 
 # ------------------------------------------------------------------------------ rollout and evaluation
 
 
-def make_sampler(config: Config, model: Any, chat: Chat) -> lamer.SlotSampler | lamer.GenerateSampler:
-    """The slot sampler; the plain one where it is asked for, or where the model's attention is of another kind."""
-    limits = config.slots or 128, config.max_prompt, config.max_reply
+def make_sampler(
+    config: Config, model: Any, chat: Chat, trials: int = 128, world: int = 0
+) -> lamer.SlotSampler | lamer.GenerateSampler:
+    """The slot sampler; the plain one where it is asked for, or where the model's attention is of another kind.
+
+    On a GPU the slots are sized to the memory that `world` training processes leave; 0 is no training.
+    """
+
+    def say(line: str) -> None:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(line, file=sys.stderr)
+
+    slots = config.slots or min(128, trials)
+    if config.device.startswith("cuda"):
+        plan = memory_plan(config, model.config.get_text_config(), model.num_parameters(), max(world, 1))
+        plan = plan if world else {name: plan[name] for name in ("weights", "slot")}
+        free = (torch.cuda.mem_get_info()[0] + torch.cuda.memory_allocated()) / 1e9
+        slots, line = fit_slots(plan, free, config.slots or trials)
+        say(line)
+    limits = slots, config.max_prompt, config.max_reply
     if config.sampler == "slots":
         try:
             return lamer.SlotSampler(model, chat, *limits)
         except lamer.UnsupportedModelError as error:
-            print(f"{error}: falling back to the plain sampler, as with --sampler generate", file=sys.stderr)
+            say(f"{error}: falling back to the plain sampler, as with --sampler generate")
     return lamer.GenerateSampler(model, chat, *limits)
 
 
@@ -675,7 +710,8 @@ def start_run(config: Config, done: int) -> Run:
         if rank == 0 and idle > 0:
             print(f"{idle} GPUs stay idle; torchrun --nproc-per-node=gpu train.py ... uses all", file=sys.stderr)
     if world > 1:
-        dist.init_process_group("nccl" if config.device.startswith("cuda") else "gloo")
+        # Processes wait for each other through whole rollouts and checkpoints: ten minutes, the default, are too short.
+        dist.init_process_group("nccl" if config.device.startswith("cuda") else "gloo", timeout=timedelta(hours=2))
         shared = [config.out]
         dist.broadcast_object_list(shared)
         config.out = shared[0]
@@ -689,7 +725,7 @@ def start_run(config: Config, done: int) -> Run:
             shutil.rmtree(stale, ignore_errors=True)
     env = env_of(config)
     start = config.model
-    if start == "tiny":
+    if start == "tiny" and (config.kl_coef or not config.resume):
         if rank == 0:
             warm_policy(config)
         if world > 1:
@@ -701,7 +737,8 @@ def start_run(config: Config, done: int) -> Run:
     value_head = None
     if config.estimator == "ppo":
         value_head = torch.nn.Linear(model.config.get_text_config().hidden_size, 1, device=config.device)
-        torch.nn.init.zeros_(value_head.weight)
+        for weight in value_head.parameters():
+            torch.nn.init.zeros_(weight)
     adamw = dict(lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, config.beta2))
     head = dict(value_head=value_head, value_lr=config.value_lr)
     optimizer = lamer.Optimizer(model, dtype=getattr(torch, config.dtype), **head, **adamw)
@@ -710,15 +747,11 @@ def start_run(config: Config, done: int) -> Run:
     if config.grad_checkpoint:
         model.gradient_checkpointing_enable({"use_reentrant": False})
 
-    if config.slots is None and config.device.startswith("cuda"):
-        plan = memory_plan(config, model.config.get_text_config(), model.num_parameters(), world)
-        trials = config.num_tasks // world * config.group_size
-        config.slots = fit_slots(plan, torch.cuda.get_device_properties(0).total_memory / 1e9, trials)
-
     needed = len(next(lamer.run_trial(env, EVAL_SEED, 1, chat, style=config.style, max_prompt=10**9)).ids)
     if needed > config.max_prompt:
         raise ValueError(f"one turn of {env.name} needs {needed} prompt tokens, --max_prompt is {config.max_prompt}")
-    return Run(model, optimizer, make_sampler(config, model, chat), value_head, reference, rank, world)
+    sampler = make_sampler(config, model, chat, config.num_tasks // world * config.group_size, world)
+    return Run(model, optimizer, sampler, value_head, reference, rank, world)
 
 
 def train_step(config: Config, run: Run, ids: Sequence[int], step: int) -> dict[str, Any]:
@@ -735,7 +768,8 @@ def train_step(config: Config, run: Run, ids: Sequence[int], step: int) -> dict[
         lamer.compute_values(run.model, run.value_head, trials, config.microbatch_tokens)
         lamer.ppo_advantages(trials, config.gamma_step, config.gamma_traj, config.gae_lambda)
     elif config.preset == "official":
-        lamer.official_advantages(groups, config.estimator, config.norm, config.step_weight)
+        options = config.estimator, config.norm, config.step_weight, config.reward
+        lamer.official_advantages(groups, *options)
     else:
         lamer.compute_advantages(groups, config.estimator, config.norm, config.step_weight)
     clock.append(time.perf_counter())

@@ -698,7 +698,7 @@ class AlfWorld(Env):
 
     name = "alfworld"
     warm_skill = 0.0
-    reply_format = "Think step by step, then give exactly one of the listed actions inside <action> </action>."
+    action_format = "exactly one of the listed actions inside <action> </action>"
 
     def __init__(
         self,

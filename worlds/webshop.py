@@ -693,7 +693,7 @@ class WebShop(Env):
 
     name = "webshop"
     warm_skill = 0.0
-    reply_format = "Think step by step about which action serves the task, then give it inside <action> </action>."
+    action_format = "the action that serves the task best inside <action> </action>"
 
     def __init__(
         self,
