@@ -232,7 +232,8 @@ def resolve(config: Config) -> Config:
     tables = [DEFAULTS, ENV_DEFAULTS.get(config.env, {})]
     tables += [TINY_DEFAULTS, TINY_ENV_DEFAULTS.get(config.env, {})] if is_small else []
     for name, value in {k: v for table in tables for k, v in table.items()}.items():
-        if getattr(config, name) is None:
+        is_genuine = config.data is not None and name in ("receptacles", "objects")  # sizes of generated rooms only
+        if getattr(config, name) is None and not is_genuine:
             setattr(config, name, value)
     for name, value in PRESETS.get(config.preset, {}).items():
         if getattr(config, name) is None:

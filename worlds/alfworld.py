@@ -10,7 +10,7 @@
     env = AlfWorld()                          # generated games; AlfWorld(data=DIR) for genuine ones, in either dialect
     observation, info = env.reset(seed=7)
     observation, reward, terminated, truncated, info = env.step("go to cabinet 1")
-    python train.py --env worlds/alfworld.py:AlfWorld
+    python train.py --env alfworld
 
 What can be where, and which task goes with which room, are facts condensed from ALFRED and ALFWorld (NOTICE.alfworld).
 """
