@@ -654,7 +654,7 @@ def test_layers_without_full_attention_are_refused(policy):
     _, model, chat = policy
     model.config.layer_types[0] = "sliding_attention"
     try:
-        with pytest.raises(ValueError, match="--sampler generate"):
+        with pytest.raises(lamer.UnsupportedModelError, match="full attention"):
             lamer.SlotSampler(model, chat, 4, 64, 16)
     finally:
         model.config.layer_types[0] = "full_attention"
@@ -967,6 +967,8 @@ def start(*command, **options):
     if command[0] == "torchrun":
         command = ["-m", "torch.distributed.run", *command[1:]]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=HERE, env=env)
+    # A test run started in the background ignores Ctrl-C, and its children would inherit that.
+    options |= dict(preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL))
     return subprocess.Popen([sys.executable, *map(str, command)], **pipes, **options)
 
 
@@ -1039,7 +1041,8 @@ def test_two_processes_equal_one(finished_run, tmp_path):
     one, two = weights_of(finished_run / "step_000002"), weights_of(tmp_path / "step_000002")
     assert max((one[name] - two[name]).abs().max() for name in one) < 1e-5
     for a, b in zip(rows(finished_run / "evals.jsonl"), rows(tmp_path / "evals.jsonl"), strict=False):
-        assert a == pytest.approx(b), "evaluation is spread over the processes"
+        assert a["success"] == b["success"], "evaluation is spread over the processes"
+        assert a["return"] == pytest.approx(b["return"]) and a["reply_tokens"] == b["reply_tokens"]
 
 
 @pytest.mark.slow

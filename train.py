@@ -606,7 +606,7 @@ def make_sampler(
     if config.device.startswith("cuda"):
         plan = memory_plan(config, model.config.get_text_config(), model.num_parameters(), max(world, 1))
         plan = plan if world else {name: plan[name] for name in ("weights", "slot")}
-        free = (torch.cuda.mem_get_info()[0] + torch.cuda.memory_allocated()) / 1e9
+        free = (torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()) / 1e9
         slots, line = fit_slots(plan, free, config.slots or trials)
         say(line)
     limits = slots, config.max_prompt, config.max_reply
