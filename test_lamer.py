@@ -967,8 +967,13 @@ def start(*command, **options):
     if command[0] == "torchrun":
         command = ["-m", "torch.distributed.run", *command[1:]]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=HERE, env=env)
-    # A test run started in the background ignores Ctrl-C, and its children would inherit that.
-    options |= dict(preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL))
+    prepare = options.pop("preexec_fn", lambda: None)
+
+    def before() -> None:  # a test run started in the background ignores Ctrl-C, and its children would inherit that
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        prepare()
+
+    options["preexec_fn"] = before
     return subprocess.Popen([sys.executable, *map(str, command)], **pipes, **options)
 
 
