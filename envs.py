@@ -125,18 +125,16 @@ class Lockbox(Env):
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         if self.done:
             return "The episode is over.", 0.0, True, False, {"won": False}
-        self.done, reward, verb, _, number = True, 0.0, *action.partition(" ")
-        if verb == "open" and number == str(self.code):
-            observation, reward, self.seen = "The box opens.", 10.0, self.code
-        elif verb == "open":
-            observation = f"{number} is wrong."
-        elif verb == "peek":
-            observation, self.seen = f"The code is {self.code}.", self.code
-        elif verb == "leave":
-            observation, reward = "You leave.", 1.0
-        else:
-            observation = "Nothing happens."
-        return observation, reward, True, False, {"won": reward == 10}
+        self.done, won = True, action == f"open {self.code}"
+        verb, _, number = action.partition(" ")
+        observations = {
+            "open": "The box opens." if won else f"{number} is wrong.",
+            "peek": f"The code is {self.code}.",
+            "leave": "You leave.",
+        }
+        self.seen = self.code if won or verb == "peek" else None
+        reward = 10.0 if won else float(verb == "leave")
+        return observations.get(verb, "Nothing happens."), reward, True, False, {"won": won}
 
     def rules(self, style: str = "full") -> str:
         if style == "compact":
@@ -150,8 +148,7 @@ class Lockbox(Env):
     def parse(self, reply: str) -> tuple[str, bool]:
         text = " ".join((between(reply, "<action>", "</action>") or "").lower().split())
         match = re.fullmatch(r"peek|leave|open ([0-9]{1,9})", text)
-        is_valid = bool(match) and (match[1] is None or 1 <= int(match[1]) <= self.codes)
-        if not is_valid:
+        if not match or (match[1] and not 1 <= int(match[1]) <= self.codes):
             return "nothing", False
         return (f"open {int(match[1])}" if match[1] else text), True
 
@@ -177,27 +174,23 @@ def lockbox_values(codes: int, episodes: int, gamma_traj: float) -> tuple[dict[s
     episodes when the best action is always taken. lockbox_values(8, 2, 0.6) gives peek 6.0 and success [0.0, 1.0].
     """
 
-    def values(left: int, known: bool, codes: int) -> dict[str, float]:
-        """Value of each action with `left` episodes to go and `codes` codes still possible (1 if known)."""
-        if left == 0 or codes == 0:
+    def values(left: int, possible: int) -> dict[str, float]:
+        """Value of each action with `left` episodes to go and `possible` codes not ruled out; 1 means it is known."""
+        if left == 0 or possible == 0:
             return {"open": 0.0}
-        later = {k: gamma_traj * max(values(left - 1, k, c).values()) for k, c in ((True, 1), (known, codes))}
-        wrong = gamma_traj * max(values(left - 1, known, codes - 1).values())
-        return {"open": 10 / codes + (1 - 1 / codes) * wrong, "peek": later[True], "leave": 1 + later[known]}
+        wrong, seen, same = (gamma_traj * max(values(left - 1, n).values()) for n in (possible - 1, 1, possible))
+        return {"open": 10 / possible + (1 - 1 / possible) * wrong, "peek": seen, "leave": 1 + same}
 
-    success, total, known, closed = [], 0.0, False, 1.0
-    possible = codes
+    success, opened, possible = [], 0.0, codes
     for left in range(episodes, 0, -1):
-        options = values(left, known, possible)
+        options = values(left, possible)
         best = max(options, key=options.get)
         if best == "peek":
-            known, possible = True, 1
-        elif best == "open":
-            total, closed, possible = total + closed / possible, closed * (1 - 1 / possible), possible - 1
-        success.append(total)
-        if closed <= 0:
-            return values(episodes, False, codes), success + [1.0] * (episodes - len(success))
-    return values(episodes, False, codes), success
+            possible = 1
+        elif best == "open" and possible:  # none is possible once the box is open
+            opened, possible = opened + (1 - opened) / possible, possible - 1
+        success.append(opened)
+    return values(episodes, codes), success
 
 
 # ----------------------------------------------------------------------------------------- MineSweeper
