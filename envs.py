@@ -205,20 +205,16 @@ def neighbours(size: int) -> list[list[int]]:
     ]
 
 
-def open_cell(cell: int, numbers: list[str], shown: list[str], size: int) -> int:
+def open_cell(cell: int, numbers: Sequence[str], shown: list[str], size: int) -> int:
     """Open a safe cell in `shown`, cascading where no neighbour is a mine; returns how many cells opened."""
-    if shown[cell] != "?":
-        return 0
-    shown[cell], opened, stack = numbers[cell], 1, [cell]
+    before, stack = shown.count("?"), [cell]
     while stack:
         cell = stack.pop()
-        if numbers[cell] == ".":
-            for near in neighbours(size)[cell]:
-                if shown[near] == "?":
-                    shown[near] = numbers[near]
-                    opened += 1
-                    stack.append(near)
-    return opened
+        if shown[cell] == "?":
+            shown[cell] = numbers[cell]
+            if numbers[cell] == ".":
+                stack += neighbours(size)[cell]
+    return before - shown.count("?")
 
 
 def deal_board(
@@ -230,24 +226,23 @@ def deal_board(
     win at once are drawn again; one that then hits a mine leaves a dead board (all `?`) with `original`, else is drawn
     again too.
     """
-    cell = int(opener.randint(0, size)) * size + int(opener.randint(0, size))
+    cell = int(opener.randint(0, size, 2) @ (size, 1))
     generator = np.random.RandomState(seed)
-    order = [int(i) for i in np.argsort(generator.rand(size * size), kind="stable") if i != cell]
+    order = [i for i in np.argsort(generator.rand(size * size), kind="stable").tolist() if i != cell]
     mined = set(order[:mines])
-    around = [sum(near in mined for near in neighbours(size)[i]) for i in range(size * size)]
-    numbers = ["*" if i in mined else str(around[i]) if around[i] else "." for i in range(size * size)]
+    around = [sum(i in mined for i in near) for near in neighbours(size)]
+    numbers = ["*" if i in mined else str(around[i] or ".") for i in range(size * size)]
     openings = []
     for _ in range(1001):
         openings.append(cell)
         shown = ["?"] * (size * size)
-        if numbers[cell] == "*":
-            if original:
-                break
-        else:
+        if numbers[cell] != "*":
             open_cell(cell, numbers, shown, size)
             if shown.count("?") > mines:
                 return numbers, shown, openings, generator
-        cell = int(generator.randint(0, size)) * size + int(generator.randint(0, size))
+        elif original:
+            break
+        cell = int(generator.randint(0, size, 2) @ (size, 1))
     return numbers, ["?"] * (size * size), openings, generator
 
 
@@ -287,15 +282,13 @@ class MineSweeper(Env):
         self.size, self.mines, self.turn_limit, self.original = size, mines, turns, original
 
     def reset(self, seed: int) -> tuple[str, dict[str, Any]]:
-        self.numbers, shown = playable_board(self.size, self.mines, seed)
-        self.start(self.numbers, shown)
+        self.start(*playable_board(self.size, self.mines, seed))
         return self.text(), {"won": False}
 
     def start(self, numbers: Sequence[str], shown: Sequence[str]) -> None:
         """Begin an episode on a given board."""
-        self.numbers, self.shown = list(numbers), list(shown)
-        self.turns = 0
-        self.lost = set(self.shown) == {"?"}  # a dead board of the original: nothing opened, every click loses
+        self.numbers, self.shown, self.turns = numbers, list(shown), 0
+        self.lost = set(shown) == {"?"}  # a dead board of the original: nothing opened, every click loses
         self.won = False
 
     def step(self, action: tuple[int, int]) -> tuple[str, float, bool, bool, dict[str, Any]]:
