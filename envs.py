@@ -19,6 +19,7 @@ This file needs numpy only.
 
 import importlib.util
 import inspect
+import math
 import random
 import re
 import sys
@@ -198,11 +199,9 @@ def lockbox_values(codes: int, episodes: int, gamma_traj: float) -> tuple[dict[s
 
 @lru_cache(maxsize=16)
 def neighbours(size: int) -> list[list[int]]:
-    """For every cell of a size x size board, numbered row by row, the cells that touch it."""
+    """For every cell of a size x size board, numbered row by row, the cells that touch it, and the cell itself."""
     near = [range(max(i - 1, 0), min(i + 2, size)) for i in range(size)]
-    return [
-        [r * size + c for r in near[i] for c in near[j] if (r, c) != (i, j)] for i in range(size) for j in range(size)
-    ]
+    return [[r * size + c for r in near[i] for c in near[j]] for i in range(size) for j in range(size)]
 
 
 def open_cell(cell: int, numbers: Sequence[str], shown: list[str], size: int) -> int:
@@ -359,7 +358,8 @@ class MineSweeper(Env):
 
 # --------------------------------------------------------------------------------------------- Sokoban
 
-MOVES = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}  # in the order every search here tries them
+MOVES = ("up", "down", "left", "right")  # in the order every search here tries them
+SEARCH_DEPTH = 100  # moves that the original's searches look ahead
 ROOM_MASKS = [  # the five brushes of the room painter, as (row, col) offsets from the current cell
     [(0, -1), (0, 0), (0, 1)],
     [(-1, 0), (0, 0), (1, 0)],
@@ -378,97 +378,71 @@ class Level:
     """
 
     def __init__(self, size: int, floor: list[int], targets: list[int], boxes: list[int], player: int):
-        self.size, self.floor, self.player = size, floor, player
+        self.floor, self.player = floor, player
         self.targets, self.boxes = sum(1 << i for i in targets), sum(1 << i for i in boxes)
         self.base = ["O" if i in targets else "_" if i in floor else "#" for i in range(size * size)]
         self.deltas = [-size, size, -1, 1]
-        self.distance = self.solve()
+        self.distance = self.solve(set(floor))
 
-    def solve(self) -> dict[int, int]:
-        free = set(self.floor)
-        # player cell -> (change of player, bit of the cell stepped from, bit of a box ahead, bits that a pull flips)
-        back = {}
-        for p in self.floor:
-            steps = [(p - d, p + d) for d in self.deltas if p - d in free]
-            back[p] = [
-                (q - p, 1 << q + 8, 1 << a + 8 if a in free else 0, (1 << a + 8) | (1 << p + 8)) for q, a in steps
-            ]
-        frontier = [self.targets << 8 | p for p in self.floor if not self.targets >> p & 1]
-        distance, moves = dict.fromkeys(frontier, 0), 0
-        while frontier:
-            moves += 1
-            reached = []
-            for state in frontier:
-                for shift, origin, ahead, flip in back[state & 255]:
-                    if not state & origin:
-                        before = state + shift
-                        if before not in distance:
-                            distance[before] = moves
-                            reached.append(before)
-                        if state & ahead:  # the last move may have pushed this box: undo it by pulling
-                            before ^= flip
-                            if before not in distance:
-                                distance[before] = moves
-                                reached.append(before)
-            frontier = reached
+    def solve(self, floor: set[int]) -> dict[int, int]:
+        bit = [1 << cell + 8 for cell in range(len(self.base))]  # of a box on the cell, in a state
+        back = {  # player cell -> for each step to it: change of player, bits of the cell left, the one ahead, a pull
+            p: [(-d, bit[p - d], bit[p + d], bit[p] | bit[p + d]) for d in self.deltas if p - d in floor] for p in floor
+        }
+        distance = {self.targets << 8 | p: 0 for p in floor if not self.targets >> p & 1}
+        queue = list(distance)
+        for state in queue:  # grows while it is read
+            for shift, left, ahead, pull in back[state & 255]:
+                if not state & left:
+                    before = state + shift
+                    if before not in distance:
+                        distance[before] = distance[state] + 1
+                        queue.append(before)
+                    if state & ahead and before ^ pull not in distance:  # the step may have been a push: pull it back
+                        distance[before ^ pull] = distance[state] + 1
+                        queue.append(before ^ pull)
         return distance
 
     def move(self, player: int, boxes: int, delta: int) -> tuple[int, int]:
         """Walk or push by `delta`; returns (player, boxes), unchanged if blocked."""
-        cell = player + delta
-        if self.base[cell] == "#":
-            return player, boxes
-        if boxes >> cell & 1:
-            beyond = cell + delta
-            if self.base[beyond] == "#" or boxes >> beyond & 1:
-                return player, boxes
+        cell, beyond = player + delta, player + 2 * delta
+        if boxes >> cell & 1 and self.base[beyond] != "#" and not boxes >> beyond & 1:
             boxes ^= 1 << cell | 1 << beyond
-        return cell, boxes
+        return (player, boxes) if self.base[cell] == "#" or boxes >> cell & 1 else (cell, boxes)
 
     def best_moves(self, player: int, boxes: int, limit: int) -> list[str]:
         """The first `limit` moves of a shortest solution; the first such list in the order of MOVES."""
-        names, found = list(MOVES), []
-        while len(found) < limit and self.distance.get(boxes << 8 | player, 0) > 0:
-            left = self.distance[boxes << 8 | player]
-            for name, delta in zip(names, self.deltas, strict=True):
-                after = self.move(player, boxes, delta)
-                if self.distance.get(after[1] << 8 | after[0]) == left - 1:
-                    player, boxes = after
-                    found.append(name)
-                    break
+        found = []
+        while len(found) < limit and (left := self.distance.get(boxes << 8 | player, 0)):
+            after = [self.move(player, boxes, delta) for delta in self.deltas]
+            index = [self.distance.get(b << 8 | p) for p, b in after].index(left - 1)
+            player, boxes = after[index]
+            found.append(MOVES[index])
         return found
 
 
-class RoomError(Exception):
-    """No room could be made from the present draws."""
-
-
-def make_room(size: int, boxes: int, R: random.Random, N: np.random.RandomState, depth: int = 100) -> Level:
-    """One room by LaMer's algorithm, draw for draw (facts/games.md 1.5); raises RoomError where the original raises."""
+def make_room(size: int, boxes: int, R: random.Random, N: np.random.RandomState) -> Level | None:
+    """One room by LaMer's algorithm, draw for draw (facts/games.md 1.5); None where the original raises."""
     for _ in range(4):
         floor = paint_floor(size, R)
         if len(floor) <= boxes + 1:
-            raise RoomError
+            return None
         free = list(floor)
-        player = free.pop(int(N.randint(len(free))))
-        targets = [free.pop(int(N.randint(len(free)))) for _ in range(boxes)]
-        positions, player, score = pull_apart(size, floor, targets, player, depth)
+        player, *targets = [free.pop(N.randint(len(free))) for _ in range(boxes + 1)]
+        positions, player, score = pull_apart(size, floor, targets, player)
         if score > 0:
             break
     else:
-        raise RoomError
-    displacement = room_displacement(size, targets, positions)
-    if R.random() <= (0.8 if displacement == 1 else 0.5):
-        walked = {player}
-        for step in range(3):
+        return None
+    if R.random() <= (0.8 if room_displacement(size, targets, positions) == 1 else 0.5):
+        walked = [player]
+        while len(walked) == 1 or (len(walked) < 4 and R.random() <= 0.5):
             cells = [player + d for d in (-size, size, -1, 1)]
             cells = [c for c in cells if c in floor and c not in positions and c not in walked]
             if not cells:
                 break
             player = R.choice(cells)
-            walked.add(player)
-            if step < 2 and R.random() > 0.5:
-                break
+            walked.append(player)
     return Level(size, floor, targets, positions, player)
 
 
@@ -490,42 +464,38 @@ def room_displacement(size: int, targets: Sequence[int], positions: Sequence[int
     return sum(abs(t // size - p // size) + abs(t % size - p % size) for t, p in zip(targets, positions, strict=True))
 
 
-def pull_apart(
-    size: int, floor: list[int], targets: list[int], player: int, depth: int
-) -> tuple[tuple[int, ...], int, int]:
+def pull_apart(size: int, floor: list[int], targets: list[int], player: int) -> tuple[tuple[int, ...], int, int]:
     """Play backwards from the solved room, depth first; returns (box cell of each target, player cell, score).
 
     Every step into a free cell must pull a box that stands behind the player. A state is the player's cell, the cells
-    of the boxes pulled at least once, and those of the boxes never pulled. Score = changes of the pulled box x
-    displacement, and 0 while a target is covered; the first state of the highest score wins.
+    of all boxes, and those of the boxes pulled at least once. Score = changes of the pulled box x displacement, and 0
+    while a target is covered; the first state of the highest score wins.
     """
-    free = set(floor)
     target_bits = sum(1 << t for t in targets)
+    # Cell stepped to and cell behind; pushed last to first, so that the stack tries up, down, left, right.
+    steps = {p: [(p + d, p - d) for d in (1, -1, size, -size) if p + d in floor] for p in floor}
     seen, best = set(), (tuple(targets), player, 0)
-    stack = [((player, 0, target_bits), tuple(targets), 0, -1, depth - 1)]
+    stack = [((player, target_bits, 0), tuple(targets), 0, -1, 1)]
     while stack and len(seen) < 300_000:
-        state, positions, swaps, last, depth_left = stack.pop()
-        if depth_left <= 0 or state in seen:
+        state, positions, swaps, last, depth = stack.pop()
+        if depth >= SEARCH_DEPTH or state in seen:
             continue
         seen.add(state)
-        player, pulled, unpulled = state
-        occupied = pulled | unpulled
+        player, occupied, pulled = state
         if swaps and not (occupied | 1 << player) & target_bits:
             score = swaps * room_displacement(size, targets, positions)
             if score > best[2]:
                 best = (positions, player, score)
-        for delta in (1, -1, size, -size):  # pushed last to first, so that the stack tries up, down, left, right
-            cell, behind = player + delta, 1 << player - delta
-            if cell not in free or occupied >> cell & 1:
+        for cell, behind in steps[player]:
+            if occupied >> cell & 1:
                 continue
-            if occupied & behind:
-                after = (cell, pulled & ~behind | 1 << player, unpulled & ~behind)
-                if after not in seen:
-                    which = positions.index(player - delta)
-                    moved = (*positions[:which], player, *positions[which + 1 :])
-                    stack.append((after, moved, swaps + (which != last), which, depth_left - 1))
-            elif (after := (cell, pulled, unpulled)) not in seen:
-                stack.append((after, positions, swaps, last, depth_left - 1))
+            if not occupied >> behind & 1:
+                stack.append(((cell, occupied, pulled), positions, swaps, last, depth + 1))
+                continue
+            here, gone, box = 1 << player, 1 << behind, positions.index(behind)
+            after = (cell, occupied ^ here ^ gone, (pulled | here) & ~gone)
+            moved = (*positions[:box], player, *positions[box + 1 :])
+            stack.append((after, moved, swaps + (box != last), box, depth + 1))
     return best
 
 
@@ -541,14 +511,13 @@ def make_level(
     for attempt in range(300):
         draw_seed = seed if attempt == 0 else derive_seed("sokoban", seed, attempt)
         R, N = random.Random(draw_seed), np.random.RandomState(draw_seed)
-        try:
-            for room in range(10):
-                level = make_room(size, boxes, R, N)
-                solution = level.distance.get(level.boxes << 8 | level.player, -1)
-                if min_solution <= solution <= max_solution or (original and room == 9):
-                    return level
-        except RoomError:
-            continue
+        for room in range(10):
+            level = make_room(size, boxes, R, N)
+            if level is None:
+                break
+            solution = level.distance.get(level.boxes << 8 | level.player, -1)
+            if min_solution <= solution <= max_solution or (original and room == 9):
+                return level
     raise ValueError(
         f"no {size}x{size} Sokoban level with {boxes} boxes and a solution of {min_solution} to {max_solution} moves "
         "found; use fewer --boxes, a larger --size or a wider range of --min_solution and --max_solution"
@@ -600,7 +569,6 @@ class Sokoban(Env):
     def start(self, level: Level) -> None:
         """Begin an episode on a given level."""
         self.level, self.player, self.boxes = level, level.player, level.boxes
-        self.on_target = (self.boxes & level.targets).bit_count()
         self.steps = self.turns = 0
         self.done = self.won = False
 
@@ -621,28 +589,25 @@ class Sokoban(Env):
 
     def move(self, name: str) -> tuple[float, bool]:
         """Play one move or "still"; returns (reward, done)."""
-        level = self.level
         if name not in MOVES:
             self.won = False
             return -0.1, False
         self.steps += 1
-        self.player, self.boxes = level.move(self.player, self.boxes, level.deltas[list(MOVES).index(name)])
-        before, self.on_target = self.on_target, (self.boxes & level.targets).bit_count()
+        level, before = self.level, self.boxes
+        self.player, self.boxes = level.move(self.player, before, level.deltas[MOVES.index(name)])
+        gained = (self.boxes & level.targets).bit_count() - (before & level.targets).bit_count()
         self.won = self.boxes == level.targets
-        reward = -0.1 + (self.on_target > before) - (self.on_target < before) + 10 * self.won
-        return reward, self.won or self.steps == self.max_steps or not self.is_solvable()
+        return -0.1 + gained + 10 * self.won, self.won or self.steps == self.max_steps or not self.is_solvable()
 
     def is_solvable(self) -> bool:
-        """Whether at most 100 moves (the original's search depth) solve the level from here."""
-        return self.level.distance.get(self.boxes << 8 | self.player, 101) <= 100
+        """Whether the original's search would find a solution from here."""
+        return self.level.distance.get(self.boxes << 8 | self.player, math.inf) <= SEARCH_DEPTH
 
     def text(self) -> str:
         n, cells = self.size, self.level.base.copy()
-        boxes, cell = self.boxes, 0
-        while boxes:
-            cell = (boxes & -boxes).bit_length() - 1
-            cells[cell] = "√" if cells[cell] == "O" else "X"
-            boxes &= boxes - 1
+        for cell in self.level.floor:
+            if self.boxes >> cell & 1:
+                cells[cell] = "√" if cells[cell] == "O" else "X"
         cells[self.player] = "S" if cells[self.player] == "O" else "P"
         return "\n".join([f"{r}: " + " ".join(cells[r * n : (r + 1) * n]) for r in range(n)])
 
@@ -671,14 +636,14 @@ class Sokoban(Env):
         elif rng.random() < skill:
             words = self.level.best_moves(self.player, self.boxes, self.moves_per_turn)
         else:
-            words = rng.choices(list(MOVES), k=self.moves_per_turn)
+            words = rng.choices(MOVES, k=self.moves_per_turn)
         return f"<action>{', '.join(words or ['still'])}</action>"
 
     def scripted_reflection(self, rng: random.Random) -> str:
         """A plan for the first turn of the next episode: half of the time a shortest solution's, else a guess."""
         plan = self.level.best_moves(self.level.player, self.level.boxes, self.moves_per_turn)
         if rng.random() < 0.5:
-            plan = rng.choices(list(MOVES), k=self.moves_per_turn)
+            plan = rng.choices(MOVES, k=self.moves_per_turn)
         return f"<remark>{', '.join(plan)}</remark>"
 
 
