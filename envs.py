@@ -38,6 +38,12 @@ def derive_seed(*parts: int | str) -> int:
     return zlib.crc32(" ".join(map(str, parts)).encode())
 
 
+def require(is_fine: bool, message: str) -> None:
+    """An option that is not fine ends the program with this message."""
+    if not is_fine:
+        raise ValueError(message)
+
+
 class Env:
     """Base class: Gymnasium's `reset` and `step`, plus what turns an environment into text, with defaults.
 
@@ -114,8 +120,7 @@ class Lockbox(Env):
     action_format = "one action inside <action> </action>: open and a code, peek, or leave"
 
     def __init__(self, codes: int = 8):
-        if codes < 2:
-            raise ValueError(f"lockbox needs at least 2 codes, got --codes {codes}")
+        require(codes >= 2, f"lockbox needs at least 2 codes, got --codes {codes}")
         self.codes = codes
 
     def reset(self, seed: int) -> tuple[str, dict[str, Any]]:
@@ -272,12 +277,10 @@ class MineSweeper(Env):
     action_format = "one cell as (row, col) inside <action> </action>"
 
     def __init__(self, size: int = 6, mines: int = 3, turns: int = 7, original: bool = False):
-        if not 2 <= size <= 30:
-            raise ValueError(f"minesweeper needs a board from 2x2 to 30x30, got --size {size}")
-        if not 1 <= mines <= size * size - 2:
-            raise ValueError(f"a {size}x{size} board holds 1 to {size * size - 2} mines, got --mines {mines}")
-        if turns < 1:
-            raise ValueError(f"minesweeper needs at least one turn, got --turns {turns}")
+        require(2 <= size <= 30, f"minesweeper needs a board from 2x2 to 30x30, got --size {size}")
+        most = size * size - 2
+        require(1 <= mines <= most, f"a {size}x{size} board holds 1 to {most} mines, got --mines {mines}")
+        require(turns >= 1, f"minesweeper needs at least one turn, got --turns {turns}")
         self.size, self.mines, self.turn_limit, self.original = size, mines, turns, original
 
     def reset(self, seed: int) -> tuple[str, dict[str, Any]]:
@@ -339,16 +342,15 @@ class MineSweeper(Env):
         return ((int(match[1]), int(match[2])), True) if match else ((-1, -1), False)
 
     def scripted(self, skill: float, rng: random.Random, memory: Sequence[str] = ()) -> str:
-        closed = [i for i, shown in enumerate(self.shown) if shown == "?"]
         past = [re.findall(r"[?.*\d](?![:\d])", re.sub(r"Row \d+:", "", text)) for text in memory]
-        past = [cells for cells in past if len(cells) == len(self.shown)]
-        options = closed
+        boards = [self.shown, *(cells for cells in past if len(cells) == len(self.shown))]
+        seen = ["".join(cells) for cells in zip(*boards, strict=True)]  # at each cell, now and in the past
+        closed = options = [i for i, shown in enumerate(self.shown) if shown == "?"]
         if rng.random() < skill:  # the expert sees the mines: first the cells that cascade, then the others
             options = [i for i in closed if self.numbers[i] == "."] or [i for i in closed if self.numbers[i] != "*"]
         elif rng.random() < 0.5:  # the novice reads: first what was seen to cascade, then what was safe, never a mine
-            safe = [i for i in closed if any(cells[i] not in "?*" for cells in past)]
-            options = [i for i in safe if any(cells[i] == "." for cells in past)] or safe
-            options = options or [i for i in closed if all(cells[i] != "*" for cells in past)]
+            safe = [i for i in closed if seen[i].strip("?*")]
+            options = [i for i in safe if "." in seen[i]] or safe or [i for i in closed if "*" not in seen[i]]
         cell = rng.choice(options or closed or [0])
         return f"<action>({cell // self.size + 1}, {cell % self.size + 1})</action>"
 
@@ -360,13 +362,8 @@ class MineSweeper(Env):
 
 MOVES = ("up", "down", "left", "right")  # in the order every search here tries them
 SEARCH_DEPTH = 100  # moves that the original's searches look ahead
-ROOM_MASKS = [  # the five brushes of the room painter, as (row, col) offsets from the current cell
-    [(0, -1), (0, 0), (0, 1)],
-    [(-1, 0), (0, 0), (1, 0)],
-    [(0, -1), (0, 0), (1, 0)],
-    [(0, -1), (0, 0), (1, -1), (1, 0)],
-    [(0, 0), (0, 1), (1, 0)],
-]
+# The five brushes of the room painter: what each paints besides the present cell, as (row, col) offsets from it.
+BRUSHES = [[(0, -1), (0, 1)], [(-1, 0), (1, 0)], [(0, -1), (1, 0)], [(0, -1), (1, -1), (1, 0)], [(0, 1), (1, 0)]]
 
 
 class Level:
@@ -455,7 +452,7 @@ def paint_floor(size: int, R: random.Random) -> list[int]:
         if R.random() < 0.35:
             delta = R.choice(turns)
         row, col = min(max(row + delta[0], 1), size - 2), min(max(col + delta[1], 1), size - 2)
-        painted.update((row + r, col + c) for r, c in R.choice(ROOM_MASKS))
+        painted.update((row + r, col + c) for r, c in [(0, 0), *R.choice(BRUSHES)])
     return sorted(r * size + c for r, c in painted if 0 < r < size - 1 and 0 < c < size - 1)
 
 
@@ -548,16 +545,12 @@ class Sokoban(Env):
         moves_per_turn: int = 3,
         original: bool = False,
     ):
-        if not 5 <= size <= 15:
-            raise ValueError(f"sokoban needs a room from 5x5 to 15x15, got --size {size}")
-        if not 1 <= boxes <= (size - 2) ** 2 - 2:
-            raise ValueError(
-                f"a {size}x{size} room has space for 1 to {(size - 2) ** 2 - 2} boxes, got --boxes {boxes}"
-            )
-        if not 1 <= min_solution <= max_solution:
-            raise ValueError(f"need 1 <= --min_solution {min_solution} <= --max_solution {max_solution}")
-        if turns < 1:
-            raise ValueError(f"sokoban needs at least one turn, got --turns {turns}")
+        require(5 <= size <= 15, f"sokoban needs a room from 5x5 to 15x15, got --size {size}")
+        most = (size - 2) ** 2 - 2
+        require(1 <= boxes <= most, f"a {size}x{size} room has space for 1 to {most} boxes, got --boxes {boxes}")
+        is_range = 1 <= min_solution <= max_solution
+        require(is_range, f"need 1 <= --min_solution {min_solution} <= --max_solution {max_solution}")
+        require(turns >= 1, f"sokoban needs at least one turn, got --turns {turns}")
         self.level_options = (size, boxes, min_solution, max_solution)
         self.size, self.turn_limit, self.moves_per_turn, self.original = size, turns, moves_per_turn, original
         self.max_steps = None  # the original's limit on single moves, used by recorded plays
@@ -658,19 +651,16 @@ def env_class(name: str) -> type[Env]:
     if name in ENVS:
         return ENVS[name]
     file = f"{Path(__file__).parent}/worlds/{WORLDS[name]}" if name in WORLDS else name
-    path, colon, class_name = file.rpartition(":")
-    if not colon or not path.endswith(".py"):
-        raise ValueError(
-            f"no environment is called {name!r}; use {', '.join([*ENVS, *WORLDS])} or a file of yours as file.py:Class"
-        )
-    if not Path(path).is_file():
-        raise ValueError(f"--env {name}: there is no file {path}")
+    path, _, class_name = file.rpartition(":")
+    known = ", ".join([*ENVS, *WORLDS])
+    require(path.endswith(".py"), f"no environment is called {name!r}; use {known} or a file of yours as file.py:Class")
+    require(Path(path).is_file(), f"--env {name}: there is no file {path}")
     cls = getattr(load_module(path, Path(path).stat().st_mtime_ns), class_name, None)
-    if not inspect.isclass(cls) or not (hasattr(cls, "reset") and hasattr(cls, "step")):
-        raise ValueError(f"--env {name}: {path} has no class {class_name} with reset and step")
+    is_env = inspect.isclass(cls) and hasattr(cls, "reset") and hasattr(cls, "step")
+    require(is_env, f"--env {name}: {path} has no class {class_name} with reset and step")
     # A plain Gymnasium-style class gets the defaults of Env for whatever it does not define itself.
-    name = getattr(cls, "name", class_name.lower())
-    return cls if issubclass(cls, Env) else type(cls.__name__, (cls, Env), {"name": name})
+    own = {"name": getattr(cls, "name", class_name.lower())}
+    return cls if issubclass(cls, Env) else type(cls.__name__, (cls, Env), own)
 
 
 @lru_cache(maxsize=16)
@@ -690,7 +680,8 @@ def make_env(name: str, **options: Any) -> Env:
     """Make an environment; `options` are its constructor's arguments. ValueError names what is wrong."""
     cls = env_class(name)
     allowed = inspect.signature(cls).parameters
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in allowed.values())
+    known = ", ".join(allowed) or "none"
     for option in options:
-        if option not in allowed and not any(p.kind is p.VAR_KEYWORD for p in allowed.values()):
-            raise ValueError(f"--{option} does not apply to {name}; its options are: {', '.join(allowed) or 'none'}")
+        require(takes_all or option in allowed, f"--{option} does not apply to {name}; its options are: {known}")
     return cls(**options)
