@@ -108,9 +108,7 @@ def between(text: str, start: str, end: str) -> str | None:
 class Lockbox(Env):
     """The smallest task in which exploring pays only in a later episode; solved exactly by `lockbox_values`.
 
-    A box has a secret code out of `codes`. One action an episode: `open c` (10 if right, else 0), `peek` (0, the
-    observation shows the code), `leave` (1). Greedy play opens or leaves; across episodes one should peek first, then
-    open.
+    Greedy play opens or leaves (see `rules`); across episodes one should peek first, then open.
     """
 
     name = "lockbox"
@@ -375,16 +373,17 @@ class Level:
     """
 
     def __init__(self, size: int, floor: list[int], targets: list[int], boxes: list[int], player: int):
-        self.floor, self.player = floor, player
+        self.floor, self.player = set(floor), player
         self.targets, self.boxes = sum(1 << i for i in targets), sum(1 << i for i in boxes)
         self.base = ["O" if i in targets else "_" if i in floor else "#" for i in range(size * size)]
         self.deltas = [-size, size, -1, 1]
-        self.distance = self.solve(set(floor))
+        self.distance = self.solve()
 
-    def solve(self, floor: set[int]) -> dict[int, int]:
+    def solve(self) -> dict[int, int]:
+        floor, deltas = self.floor, self.deltas
         bit = [1 << cell + 8 for cell in range(len(self.base))]  # of a box on the cell, in a state
         back = {  # player cell -> for each step to it: change of player, bits of the cell left, the one ahead, a pull
-            p: [(-d, bit[p - d], bit[p + d], bit[p] | bit[p + d]) for d in self.deltas if p - d in floor] for p in floor
+            p: [(-d, bit[p - d], bit[p + d], bit[p] | bit[p + d]) for d in deltas if p - d in floor] for p in floor
         }
         distance = {self.targets << 8 | p: 0 for p in floor if not self.targets >> p & 1}
         queue = list(distance)
@@ -405,7 +404,8 @@ class Level:
         cell, beyond = player + delta, player + 2 * delta
         if boxes >> cell & 1 and self.base[beyond] != "#" and not boxes >> beyond & 1:
             boxes ^= 1 << cell | 1 << beyond
-        return (player, boxes) if self.base[cell] == "#" or boxes >> cell & 1 else (cell, boxes)
+        is_blocked = self.base[cell] == "#" or boxes >> cell & 1  # by a wall or by a box that did not move
+        return (player, boxes) if is_blocked else (cell, boxes)
 
     def best_moves(self, player: int, boxes: int, limit: int) -> list[str]:
         """The first `limit` moves of a shortest solution; the first such list in the order of MOVES."""
@@ -486,13 +486,13 @@ def pull_apart(size: int, floor: list[int], targets: list[int], player: int) -> 
         for cell, behind in steps[player]:
             if occupied >> cell & 1:
                 continue
-            if not occupied >> behind & 1:
+            if occupied >> behind & 1:
+                box, here, gone = positions.index(behind), 1 << player, 1 << behind
+                after = (cell, occupied ^ here ^ gone, (pulled | here) & ~gone)
+                moved = (*positions[:box], player, *positions[box + 1 :])
+                stack.append((after, moved, swaps + (box != last), box, depth + 1))
+            else:
                 stack.append(((cell, occupied, pulled), positions, swaps, last, depth + 1))
-                continue
-            here, gone, box = 1 << player, 1 << behind, positions.index(behind)
-            after = (cell, occupied ^ here ^ gone, (pulled | here) & ~gone)
-            moved = (*positions[:box], player, *positions[box + 1 :])
-            stack.append((after, moved, swaps + (box != last), box, depth + 1))
     return best
 
 
