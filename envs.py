@@ -402,19 +402,22 @@ class Level:
     def move(self, player: int, boxes: int, delta: int) -> tuple[int, int]:
         """Walk or push by `delta`; returns (player, boxes), unchanged if blocked."""
         cell, beyond = player + delta, player + 2 * delta
-        if boxes >> cell & 1 and self.base[beyond] != "#" and not boxes >> beyond & 1:
+        if boxes >> cell & 1:
+            if self.base[beyond] == "#" or boxes >> beyond & 1:
+                return player, boxes
             boxes ^= 1 << cell | 1 << beyond
-        is_blocked = self.base[cell] == "#" or boxes >> cell & 1  # by a wall or by a box that did not move
-        return (player, boxes) if is_blocked else (cell, boxes)
+        return (player, boxes) if self.base[cell] == "#" else (cell, boxes)
 
     def best_moves(self, player: int, boxes: int, limit: int) -> list[str]:
         """The first `limit` moves of a shortest solution; the first such list in the order of MOVES."""
         found = []
         while len(found) < limit and (left := self.distance.get(boxes << 8 | player, 0)):
-            after = [self.move(player, boxes, delta) for delta in self.deltas]
-            index = [self.distance.get(b << 8 | p) for p, b in after].index(left - 1)
-            player, boxes = after[index]
-            found.append(MOVES[index])
+            for name, delta in zip(MOVES, self.deltas, strict=True):
+                after = self.move(player, boxes, delta)
+                if self.distance.get(after[1] << 8 | after[0]) == left - 1:
+                    player, boxes = after
+                    found.append(name)
+                    break
         return found
 
 
@@ -597,9 +600,9 @@ class Sokoban(Env):
         return self.level.distance.get(self.boxes << 8 | self.player, math.inf) <= SEARCH_DEPTH
 
     def text(self) -> str:
-        n, cells = self.size, self.level.base.copy()
+        n, boxes, cells = self.size, self.boxes, self.level.base.copy()
         for cell in self.level.floor:
-            if self.boxes >> cell & 1:
+            if boxes >> cell & 1:
                 cells[cell] = "√" if cells[cell] == "O" else "X"
         cells[self.player] = "S" if cells[self.player] == "O" else "P"
         return "\n".join([f"{r}: " + " ".join(cells[r * n : (r + 1) * n]) for r in range(n)])
