@@ -529,7 +529,7 @@ class Sokoban(Env):
 
     Rewards per move (facts/games.md 1.2): -0.1, +1 when more boxes are on targets than before, -1 when fewer, +10 when
     all are. The turn stops when the episode ends and its reward is the sum over its moves. The episode also ends,
-    unsolved, as soon as no sequence of moves can solve it any more.
+    unsolved, as soon as 100 moves could not solve it any more.
     """
 
     name = "sokoban"
@@ -669,9 +669,9 @@ def env_class(name: str) -> type[Env]:
 @lru_cache(maxsize=16)
 def load_module(path: str, version: int) -> ModuleType:
     """The user's file as a module, run once as long as it does not change."""
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    spec = importlib.util.spec_from_file_location(f"lamer_env_{Path(path).stem}", path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses and pickles look their module up
+    sys.modules[spec.name] = module  # dataclasses and pickles look it up; prefixed, lest a file random.py hide Python's
     try:
         spec.loader.exec_module(module)
     except Exception as error:
