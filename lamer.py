@@ -19,8 +19,8 @@ are known only by the interface in envs.py.
 
 import math
 import re
-from collections import defaultdict, deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -383,8 +383,7 @@ class SlotLayer(CacheLayerMixin):
         self.view = view
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        rows, columns = self.view.num_slots, self.view.capacity
-        shape = (rows, key_states.shape[1], columns)
+        shape = self.view.num_slots, key_states.shape[1], self.view.capacity
         # zeros, not empty: a masked NaN is still NaN
         self.keys = key_states.new_zeros(*shape, key_states.shape[-1])  # (S, H, C, D)
         self.values = value_states.new_zeros(*shape, value_states.shape[-1])  # (S, H, C, D)
@@ -394,12 +393,10 @@ class SlotLayer(CacheLayerMixin):
         """Write (B, H, T, D) states of the rows in view at their positions; return what these rows hold so far."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        rows, positions, width = self.view.rows, self.view.positions, self.view.width
-        self.keys[rows[:, None], :, positions] = key_states.transpose(1, 2)  # (B, T, H, D)
-        self.values[rows[:, None], :, positions] = value_states.transpose(1, 2)
-        if self.view.is_leading:
-            return self.keys[: len(rows), :, :width], self.values[: len(rows), :, :width]
-        return self.keys[rows, :, :width], self.values[rows, :, :width]
+        view = self.view
+        self.keys[view.rows[:, None], :, view.positions] = key_states.transpose(1, 2)  # (B, T, H, D)
+        self.values[view.rows[:, None], :, view.positions] = value_states.transpose(1, 2)
+        return self.keys[view.selected, :, : view.width], self.values[view.selected, :, : view.width]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.view.width, 0
@@ -416,36 +413,46 @@ class SlotCache(Cache):
 
     def __init__(self, num_layers: int, num_slots: int, capacity: int, device: torch.device):
         self.num_slots, self.capacity, self.device = num_slots, capacity + 1, device  # the last column is scratch
-        self.columns = torch.arange(self.capacity, device=device)
         super().__init__(layers=[SlotLayer(self) for _ in range(num_layers)])
 
     def look_at(self, rows: Sequence[int], positions: np.ndarray, width: int, dtype: torch.dtype) -> Tensor:
         """Select rows and positions (B, T); returns the additive causal mask (B, 1, T, width)."""
-        self.is_leading = list(rows) == list(range(len(rows)))
-        self.rows = torch.as_tensor(list(rows), device=self.device)
+        self.rows = torch.tensor(rows, device=self.device)
+        # the leading rows are read in place, others are copied
+        self.selected = slice(len(rows)) if list(rows) == list(range(len(rows))) else self.rows
         self.positions = torch.as_tensor(positions, device=self.device).clamp(max=self.capacity - 1)
         self.width = width
-        hidden = self.columns[:width] > self.positions[:, :, None]  # (B, T, width)
+        hidden = torch.arange(width, device=self.device) > self.positions[:, :, None]  # (B, T, width)
         mask = torch.zeros(hidden.shape, dtype=dtype, device=self.device)
         return mask.masked_fill_(hidden, torch.finfo(dtype).min)[:, None]
 
     def move_row(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` columns of a row."""
         for layer in self.layers:
-            layer.keys[target, :, :length] = layer.keys[source, :, :length]
-            layer.values[target, :, :length] = layer.values[source, :, :length]
+            for states in (layer.keys, layer.values):
+                states[target, :, :length] = states[source, :, :length]
 
 
-@dataclass
 class Slot:
-    """A row of the cache and the trial that is using it."""
+    """A row of the cache, and the trials that use it, one after the other, as one conversation."""
 
-    trial: int = -1  # index of the trial
-    turn: int = 0  # model calls of this trial so far
-    held: list[int] = field(default_factory=list)  # token ids whose keys and values the row holds
-    prompt: list[int] = field(default_factory=list)
-    reply: list[int] = field(default_factory=list)
-    logps: list[float] = field(default_factory=list)
+    def __init__(self, waiting: Iterator[tuple[int, Generator]], finished: list[Trial | None]):
+        self.held: list[int] = []  # token ids whose keys and values the row holds
+        self.talk = self.play(waiting, finished)
+        self.take(next(self.talk))
+
+    def play(self, waiting: Iterator[tuple[int, Generator]], finished: list[Trial | None]) -> Generator:
+        """Play trials as long as some wait; `waiting` is shared with the other slots."""
+        for self.trial, trial in waiting:
+            self.turn = 0  # model calls of this trial so far
+            finished[self.trial] = yield from trial
+
+    def take(self, prompt: Prompt) -> None:
+        """Begin a reply: keep what the row holds of the prompt, the rest is still to be computed."""
+        start = common_prefix(self.held, prompt.ids)
+        self.held, self.rest = prompt.ids[:start], prompt.ids[start:]
+        self.reply: list[int] = []
+        self.logps: list[float] = []
 
 
 class UnsupportedModelError(ValueError):
@@ -477,103 +484,58 @@ class SlotSampler:
     def run(self, trials: Sequence[Generator], ids: Sequence[int], sampling: Sampling) -> list[Trial]:
         """Play all trials to their end; results in the order of trials. `ids` number them for the random draws."""
         assert not self.model.training, "sampling needs model.eval()"
-        waiting, finished = deque(range(len(trials))), [None] * len(trials)
-        slots = [Slot() for _ in range(min(self.num_slots, len(trials)))]
-        for slot in slots:
-            slot.trial = waiting.popleft()
-            slot.prompt = next(trials[slot.trial]).ids
-        logits = None
+        waiting, finished = enumerate(trials), [None] * len(trials)
+        slots = [Slot(waiting, finished) for _ in range(min(self.num_slots, len(trials)))]
         while slots:
             new = [row for row, slot in enumerate(slots) if not slot.reply]
-            if len(new) < len(slots):
-                logits = self.decode(slots)  # (B, V); rows of new slots hold nothing yet
-            for rows in self.prefill_batches(slots, new):
-                ready = self.prefill(slots, rows)
-                if logits is None or len(logits) != len(slots):
-                    logits = ready.new_zeros(len(slots), ready.shape[-1])
+            logits = None  # (B, V)
+            if len(new) < len(slots):  # all rows, so that the cache is read in place; new ones idle
+                logits = self.forward(slots, range(len(slots)), [slot.reply[-1:] for slot in slots])
+            for rows in fill_batches(new, self.prefill_tokens, lambda row: len(slots[row].rest)):
+                ready = self.forward(slots, rows, [slots[row].rest for row in rows])
+                logits = ready.new_zeros(len(slots), ready.shape[-1]) if logits is None else logits
                 logits[rows] = ready
-            keys = np.array([(ids[s.trial], s.turn, len(s.reply)) for s in slots]).T
+            keys = np.array([(ids[slot.trial], slot.turn, len(slot.reply)) for slot in slots]).T
             tokens, logps = pick_tokens(logits, uniforms(sampling.seed, sampling.step, *keys), sampling)
             ended = []
             for row, (slot, token, logp) in enumerate(zip(slots, tokens.tolist(), logps.tolist(), strict=True)):
                 slot.reply.append(token)
                 slot.logps.append(logp)
-                is_done = token in self.chat.stop_ids or len(slot.reply) >= self.max_reply
-                if is_done and not self.next_prompt(slot, trials, waiting, finished):
-                    ended.append(row)
+                if token in self.chat.stop_ids or len(slot.reply) >= self.max_reply:
+                    slot.turn += 1
+                    try:
+                        slot.take(slot.talk.send(Reply(slot.reply, slot.logps, self.chat.decode(slot.reply))))
+                    except StopIteration:
+                        ended.append(row)
             for row in reversed(ended):  # keep live slots at the head of the cache, so that decoding reads it in place
                 last = slots.pop()
                 if row < len(slots):
                     self.cache.move_row(len(slots), row, len(last.held))
                     slots[row] = last
-            logits = None if ended else logits
         return finished
 
-    def next_prompt(self, slot: Slot, trials: Sequence[Generator], waiting: deque, finished: list) -> bool:
-        """Hand a finished reply to its trial and load the slot with the next prompt; False if no work is left."""
-        reply = Reply(slot.reply, slot.logps, self.chat.decode(slot.reply))
-        try:
-            slot.prompt = trials[slot.trial].send(reply).ids
-            slot.turn += 1
-        except StopIteration as stop:
-            finished[slot.trial] = stop.value
-            if not waiting:
-                return False
-            slot.trial, slot.turn = waiting.popleft(), 0
-            slot.prompt = next(trials[slot.trial]).ids
-        slot.reply, slot.logps = [], []
-        return True
+    def forward(self, slots: Sequence[Slot], rows: Sequence[int], new: Sequence[Sequence[int]]) -> Tensor:
+        """Logits (B, V) after the new tokens of these rows, which from now on hold them.
 
-    def prefill_batches(self, slots: list[Slot], rows: list[int]) -> list[list[int]]:
-        """Group rows with new prompts by the number of tokens they must compute, within the token budget."""
-        todo = sorted(rows, key=lambda row: len(slots[row].prompt) - common_prefix(slots[row].held, slots[row].prompt))
-        batches: list[list[int]] = []
-        for row in todo:
-            need = len(slots[row].prompt) - common_prefix(slots[row].held, slots[row].prompt)
-            if not batches or (len(batches[-1]) + 1) * need > self.prefill_tokens:
-                batches.append([])
-            batches[-1].append(row)
-        return batches
-
-    def prefill(self, slots: list[Slot], rows: list[int]) -> Tensor:
-        """Compute what the cache does not hold of these rows' prompts; returns the logits after each prompt (B, V)."""
-        starts = [common_prefix(slots[row].held, slots[row].prompt) for row in rows]
-        suffixes = [slots[row].prompt[start:] for row, start in zip(rows, starts, strict=True)]
-        for row in rows:
-            slots[row].held = list(slots[row].prompt)
-        tokens = pad(suffixes)  # (B, T)
-        positions = np.array(starts)[:, None] + np.arange(tokens.shape[1])  # (B, T)
-        # A short row's padding is written behind its end, where decoding will overwrite it before it is ever seen.
-        hidden = self.forward(rows, tokens, positions, max(len(slots[row].prompt) for row in rows))  # (B, T, h)
-        last = torch.tensor([len(suffix) - 1 for suffix in suffixes], device=hidden.device)
-        return self.head(hidden[torch.arange(len(rows), device=hidden.device), last])
-
-    def decode(self, slots: list[Slot]) -> Tensor:
-        """One token for every live slot (B, V). Slots that wait for their prompt write to the scratch column."""
-        tokens, positions = np.zeros((len(slots), 1), dtype=np.int64), np.zeros((len(slots), 1), dtype=np.int64)
-        for row, slot in enumerate(slots):
-            if slot.reply:
-                tokens[row], positions[row] = slot.reply[-1], len(slot.held)
-                slot.held.append(slot.reply[-1])
-            else:
-                positions[row] = self.cache.capacity - 1
-        width = max((len(slot.held) for slot in slots if slot.reply), default=1)
-        return self.head(self.forward(range(len(slots)), torch.from_numpy(tokens), positions, width)[:, 0])
-
-    def forward(self, rows: Sequence[int], tokens: Tensor, positions: np.ndarray, longest: int) -> Tensor:
-        """Hidden states (B, T, h) of the tokens at their positions, attending to what their rows hold."""
+        The padding of a short row, and of a row without new tokens, is written behind what the row holds, where later
+        tokens overwrite it before it is ever seen.
+        """
+        tokens = pad(new).to(self.model.device)  # (B, T)
+        positions = np.array([len(slots[row].held) for row in rows])[:, None] + np.arange(tokens.shape[1])  # (B, T)
+        for row, added in zip(rows, new, strict=True):
+            slots[row].held += added
+        longest = max(len(slots[row].held) for row, added in zip(rows, new, strict=True) if added)
         width = min(-(-longest // 32) * 32, self.cache.capacity)  # few distinct widths keep the allocator calm
         mask = self.cache.look_at(rows, positions, width, self.model.dtype)
-        return self.model.get_decoder()(
-            input_ids=tokens.to(self.model.device),
+        hidden = self.model.get_decoder()(
+            input_ids=tokens,
             position_ids=self.cache.positions,
             attention_mask=mask,
             past_key_values=self.cache,
             use_cache=True,
-        ).last_hidden_state
-
-    def head(self, hidden: Tensor) -> Tensor:
-        return self.model.get_output_embeddings()(hidden)[:, : self.chat.vocab_size]
+        ).last_hidden_state  # (B, T, h)
+        last = hidden[range(len(rows)), [len(added) - 1 for added in new]]  # (B, h)
+        return self.model.get_output_embeddings()(last)[:, : self.chat.vocab_size]
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
@@ -587,6 +549,16 @@ def pad(rows: Sequence[Sequence[int]], left: bool = False) -> Tensor:
     width = max(len(row) for row in rows)
     fill = [[0] * (width - len(row)) for row in rows]
     return torch.tensor([[*f, *row] if left else [*row, *f] for row, f in zip(rows, fill, strict=True)])
+
+
+def fill_batches(items: Iterable, max_tokens: int, length: Callable[[Any], int]) -> list[list]:
+    """Items sorted by length and cut so that each padded rectangle holds at most max_tokens (or one item)."""
+    batches: list[list] = []
+    for item in sorted(items, key=length):
+        if not batches or (len(batches[-1]) + 1) * length(item) > max_tokens:  # the longest so far, since sorted
+            batches.append([])
+        batches[-1].append(item)
+    return batches
 
 
 class GenerateSampler:
@@ -604,8 +576,8 @@ class GenerateSampler:
             live = list(prompts)
             for start in range(0, len(live), self.num_slots):
                 batch = live[start : start + self.num_slots]
-                replies = self.generate([prompts[i] for i in batch], [ids[i] for i in batch], turn, sampling)
-                for i, reply in zip(batch, replies, strict=True):
+                draw = DrawTokens(np.array([ids[i] for i in batch]), turn, sampling, self.chat.vocab_size)
+                for i, reply in zip(batch, self.generate([prompts[i] for i in batch], draw), strict=True):
                     try:
                         prompts[i] = trials[i].send(reply).ids
                     except StopIteration as stop:
@@ -614,31 +586,27 @@ class GenerateSampler:
             turn += 1
         return finished
 
-    def generate(self, prompts: list[list[int]], ids: Sequence[int], turn: int, sampling: Sampling) -> list[Reply]:
+    def generate(self, prompts: Sequence[Sequence[int]], draw: "DrawTokens") -> Iterator[Reply]:
         """Reply to every prompt."""
         tokens = pad(prompts, left=True).to(self.model.device)  # (B, L)
-        draw = DrawTokens(ids, turn, sampling, self.chat.vocab_size)
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=tokens.device)
-        is_content = torch.arange(tokens.shape[1], device=tokens.device) >= tokens.shape[1] - lengths[:, None]
+        is_content = pad([[1] * len(prompt) for prompt in prompts], left=True).to(self.model.device)  # (B, L)
         plain = GenerationConfig(  # not the model's own: a repetition penalty, say, would make it another policy
             do_sample=False, max_new_tokens=self.max_reply, eos_token_id=sorted(self.chat.stop_ids), pad_token_id=0
         )
-        model_options = dict(attention_mask=is_content.long(), logits_processor=LogitsProcessorList([draw]))
-        self.model.generate(tokens, generation_config=plain, **model_options)
-        replies = []
-        for sampled, logps in zip(
-            torch.stack(draw.tokens, 1).tolist(), torch.stack(draw.logps, 1).tolist(), strict=True
-        ):
-            end = next((i + 1 for i, token in enumerate(sampled) if token in self.chat.stop_ids), len(sampled))
-            replies.append(Reply(sampled[:end], logps[:end], self.chat.decode(sampled[:end])))
-        return replies
+        self.model.generate(
+            tokens, attention_mask=is_content, generation_config=plain, logits_processor=LogitsProcessorList([draw])
+        )
+        sampled, sampled_logps = torch.stack(draw.tokens, 1).tolist(), torch.stack(draw.logps, 1).tolist()
+        for row, logps in zip(sampled, sampled_logps, strict=True):
+            end = next((i + 1 for i, token in enumerate(row) if token in self.chat.stop_ids), len(row))
+            yield Reply(row[:end], logps[:end], self.chat.decode(row[:end]))
 
 
 class DrawTokens(LogitsProcessor):
     """Makes greedy `generate` emit the tokens that `pick_tokens` draws, and keeps them."""
 
-    def __init__(self, ids: Sequence[int], turn: int, sampling: Sampling, vocab_size: int):
-        self.ids, self.turn, self.sampling, self.vocab_size = np.array(ids), turn, sampling, vocab_size
+    def __init__(self, ids: np.ndarray, turn: int, sampling: Sampling, vocab_size: int):
+        self.ids, self.turn, self.sampling, self.vocab_size = ids, turn, sampling, vocab_size
         self.tokens: list[Tensor] = []
         self.logps: list[Tensor] = []
 
@@ -915,15 +883,9 @@ def kl_estimate(logps: Tensor, reference: Tensor, kind: str = "k3") -> Tensor:
     return {"k1": d, "k2": d * d / 2, "k3": (torch.expm1(-d) + d).clamp(-10, 10)}[kind]
 
 
-def micro_batches(turns: Sequence[Turn], max_tokens: int) -> list[list[Turn]]:
-    """Turns sorted by length and cut so that each padded rectangle holds at most max_tokens (or one turn)."""
-    batches: list[list[Turn]] = []
-    for turn in sorted(turns, key=lambda turn: len(turn.prompt_ids) + len(turn.reply_ids)):
-        length = len(turn.prompt_ids) + len(turn.reply_ids)  # the longest so far, since sorted
-        if not batches or (len(batches[-1]) + 1) * length > max_tokens:
-            batches.append([])
-        batches[-1].append(turn)
-    return batches
+def micro_batches(turns: Iterable[Turn], max_tokens: int) -> list[list[Turn]]:
+    """Turns in batches of at most max_tokens, padding included."""
+    return fill_batches(turns, max_tokens, lambda turn: len(turn.prompt_ids) + len(turn.reply_ids))
 
 
 def all_reduce_sum(values: Sequence[float], device: torch.device) -> list[float]:
