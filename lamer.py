@@ -23,6 +23,7 @@ from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -58,10 +59,13 @@ class Turn:
     advantage: float = 0.0  # set by compute_advantages
 
 
+Records = Sequence[tuple[str, str, bool]]  # (action, observation after it, done) of every turn of an episode
+
+
 class Episode(NamedTuple):
     """What memory keeps of a failed episode."""
 
-    records: list[tuple[str, str, bool]]  # (action, observation after it, done) of every turn
+    records: Records
     reflection: str
 
 
@@ -151,8 +155,7 @@ def run_trial(
         seen = trial.past if borrowed is None else borrowed[:episode]
         while not done:
             before, anchor = observation, env.anchor()
-            write = partial(play_prompt, env, style, memory, initial, seen, episode, records)
-            ids = fit(write)
+            ids = fit(partial(play_prompt, env, style, memory, initial, seen, episode, records))
             reply = yield Prompt("play", ids)
             action, is_valid = env.parse(reply.text)
             observation, reward, terminated, truncated, info = env.step(action)
@@ -163,9 +166,8 @@ def run_trial(
         trial.info = info
         if info.get("won", terminated and reward > 0):
             trial.won_in = episode
-            break
-        if episode + 1 == episodes:
-            break
+        if trial.won_in is not None or episode + 1 == episodes:
+            return trial
         reflection = ""
         if memory in ("reflection", "both"):
             ids = fit(partial(reflection_prompt, env, style, initial, episode, records))
@@ -173,7 +175,6 @@ def run_trial(
             reflection, is_valid = parse_reflection(reply.text)
             trial.turns.append(Turn(episode, "reflect", ids, *reply, observation, 0.0, is_valid, "reflection"))
         trial.past.append(Episode(records, reflection))
-    return trial
 
 
 def parse_reflection(reply: str) -> tuple[str, bool]:
@@ -187,15 +188,13 @@ def parse_reflection(reply: str) -> tuple[str, bool]:
 HISTORY_LENGTH = 7  # records of an episode that a prompt shows (official scripts)
 
 
-def format_history(
-    records: Sequence[tuple[str, str, bool]], num_observations: int, length: int = HISTORY_LENGTH
-) -> str:
-    """The last `length` records (action, observation, done), the last `num_observations` of them with observation.
+def format_history(records: Records, num_observations: int, length: int = HISTORY_LENGTH) -> str:
+    """The last `length` records, the last `num_observations` of them with observation.
 
     [("(2, 3)", "? 1", False)] -> "Action 1: (2, 3)\\nObservation 1:\\n? 1"
     """
-    lines, first = [], max(len(records) - length, 0)
-    for i, (action, observation, done) in enumerate(records[first:], start=first):
+    lines = []
+    for i, (action, observation, done) in [*enumerate(records)][-length:]:
         shown = f"\n{observation}" if i >= len(records) - num_observations else " ..."
         lines.append(f"Action {i + 1}: {action}\nObservation {i + 1}:{shown}")
         if done:
@@ -210,7 +209,7 @@ def play_prompt(
     initial: str,
     past: Sequence[Episode],
     episode: int,
-    records: Sequence[tuple[str, str, bool]],
+    records: Records,
     length: int = HISTORY_LENGTH,
     forget: int = 0,
 ) -> str:
@@ -220,52 +219,49 @@ def play_prompt(
     same order for the tiny policy, in a form a small model can learn within minutes: a reflection that redraws a board
     stands at a constant distance from the present board. `forget` leaves out the oldest episodes.
     """
-    blocks = []
+    is_compact, blocks = style == "compact", []
     for number, old in enumerate(past[forget:] if memory != "none" else [], start=forget + 1):
         history = format_history(old.records, 2, length) if memory in ("history", "both") else ""
         note = old.reflection if memory in ("reflection", "both") else ""
-        if style == "compact":
+        if is_compact:
             blocks += ["memory", history, note]
         else:
             blocks += [f"Episode {number} did not solve the task."]
-            blocks += [f"What happened in it:\n{history}"] * bool(history)
-            blocks += [f"What you noted for the next episodes:\n{note}"] * bool(note)
+            blocks += [history and f"What happened in it:\n{history}"]
+            blocks += [note and f"What you noted for the next episodes:\n{note}"]
     options = ["You can choose from: " + ", ".join(admissible)] if (admissible := env.actions()) else []
-    if style == "compact":
+    so_far = format_history(records, 2, length)
+    if is_compact:
         now = records[-1][1] if records else initial
-        if not env.is_markov and records:
-            now = f"{initial}\n{format_history(records, 2, length)}"
-        return "\n".join(filter(None, [env.rules("compact"), *blocks, "now", now, *options, "act"]))
+        now = now if env.is_markov or not records else f"{initial}\n{so_far}"
+        return join("\n", env.rules("compact"), *blocks, "now", now, *options, "act")
     blocks += [f"This is episode {episode + 1}, again from the start."] * bool(blocks)
-    blocks += [f"What you did so far in this episode:\n{format_history(records, 2, length)}"] * bool(records)
+    blocks += [so_far and f"What you did so far in this episode:\n{so_far}"]
     ask = f"{'Give only' if style == 'direct' else 'Think step by step, then give'} {env.action_format}."
-    sections = [env.rules("full"), f"The task at the start:\n{initial}", *blocks, *options, ask]
-    return "\n\n".join(filter(None, sections))
+    return join("\n\n", env.rules("full"), f"The task at the start:\n{initial}", *blocks, *options, ask)
 
 
 def reflection_prompt(
-    env: Env,
-    style: str,
-    initial: str,
-    episode: int,
-    records: Sequence[tuple[str, str, bool]],
-    length: int = HISTORY_LENGTH,
-    forget: int = 0,
+    env: Env, style: str, initial: str, episode: int, records: Records, length: int = HISTORY_LENGTH, forget: int = 0
 ) -> str:
     """The prompt for a reflection on the episode just failed. Earlier ones are not shown, `forget` is idle."""
     if style == "compact":
         last = records[-1][1] if env.is_markov else f"{initial}\n{format_history(records, 2, length)}"
-        start = initial if env.plans_from_start else ""
-        return "\n".join(filter(None, [env.rules("compact"), start, "now", last, "reflect"]))
-    sections = [
+        return join("\n", env.rules("compact"), initial if env.plans_from_start else "", "now", last, "reflect")
+    return join(
+        "\n\n",
         env.rules("full"),
         f"The task at the start:\n{initial}",
         f"Below is episode {episode + 1} of your attempts at this task. It did not solve it.",
         format_history(records, HISTORY_LENGTH, length),
         "Study it: what went wrong, and what did you find out? Then write what the next episode, from the same start, "
         + "should know and do, briefly, inside <remark> </remark>.",
-    ]
-    return "\n\n".join(filter(None, sections))
+    )
+
+
+def join(separator: str, *sections: str) -> str:
+    """The sections that are not empty."""
+    return separator.join(filter(None, sections))
 
 
 class Chat:
@@ -279,17 +275,12 @@ class Chat:
         self.tokenizer = tokenizer
         marker, head, tail = "CONTENT", "", "\n"
         if tokenizer.chat_template:
+            # Some templates print today's date: a run resumed tomorrow would differ.
+            options = dict(add_generation_prompt=True, enable_thinking=False, date_string="1 January 2026")
             message = [{"role": "user", "content": marker}]
-            text = tokenizer.apply_chat_template(
-                message,
-                tokenize=False,
-                add_generation_prompt=True,
-                enable_thinking=False,
-                date_string="1 January 2026",  # some templates print today's date: a run resumed tomorrow would differ
-            )
+            text = tokenizer.apply_chat_template(message, tokenize=False, **options)
             head, _, tail = text.partition(marker)
-        self.head = tokenizer.encode(head, add_special_tokens=False)
-        self.tail = tokenizer.encode(tail, add_special_tokens=False)
+        self.head, self.tail = (tokenizer.encode(text, add_special_tokens=False) for text in (head, tail))
         self.backend = getattr(tokenizer, "backend_tokenizer", None)  # twice as fast without what is around it
         if self.backend:
             self.backend.no_truncation()
@@ -646,11 +637,9 @@ def cross_episode_returns(
     for episode in reversed(rewards):
         if credit == "official":
             returns.append(discounted(episode, gamma_step, later))
-            later = gamma_traj * returns[-1][0]
         else:
-            inside = discounted(episode, gamma_step)
-            returns.append([g + later for g in inside])
-            later = gamma_traj * (inside[0] + later)
+            returns.append([g + later for g in discounted(episode, gamma_step)])
+        later = gamma_traj * returns[-1][0]
     return returns[::-1]
 
 
@@ -659,8 +648,7 @@ def credited_rewards(trial: Trial, reward: str = "env") -> list[list[float]]:
     rewards = trial.rewards()
     if reward == "success":
         rewards = [[0.0] * len(episode) for episode in rewards]
-        if trial.won_in is not None:
-            rewards[-1][-1] = 10.0
+        rewards[-1][-1] = 0.0 if trial.won_in is None else 10.0
     return rewards
 
 
@@ -679,15 +667,10 @@ def compute_returns(
     """
     for trial in trials:
         returns = cross_episode_returns(credited_rewards(trial, reward), credit, gamma_step, gamma_traj)
-        position = defaultdict(int)
+        played = chain.from_iterable(returns)
         for turn in trial.turns:
-            if turn.phase == "reflect":
-                turn.ret = returns[turn.episode + 1][0]
-            else:
-                turn.ret = returns[turn.episode][position[turn.episode]]
-                position[turn.episode] += 1
             turn.penalty = invalid_penalty * (not turn.is_valid)
-            turn.ret -= turn.penalty
+            turn.ret = (next(played) if turn.phase == "play" else returns[turn.episode + 1][0]) - turn.penalty
 
 
 def center(values: Sequence[float], norm: str = "mean") -> list[float]:
@@ -707,6 +690,14 @@ ESTIMATORS = ("reinforce", "rloo", "grpo", "gigpo", "ppo")
 NORM_OF = {"rloo": "leave_one_out", "grpo": "mean_std"}  # what these are; the others take `norm`
 
 
+def sets_by(key: Callable[[Turn], Any], turns: Iterable[Turn]) -> Iterable[list[Turn]]:
+    """The turns in sets of equal key."""
+    sets = defaultdict(list)
+    for turn in turns:
+        sets[key(turn)].append(turn)
+    return sets.values()
+
+
 def compute_advantages(
     groups: Iterable[Sequence[Trial]], estimator: str, norm: str = "mean", step_weight: float = 1.0
 ) -> None:
@@ -721,33 +712,24 @@ def compute_advantages(
                reflections. P: G minus its mean over rows with the same episode, phase and anchor.
     ppo:       see `ppo_advantages`.
     """
-    norm = NORM_OF.get(estimator, norm)
+    norm, is_gigpo = NORM_OF.get(estimator, norm), estimator == "gigpo"
     for group in groups:
-        rows = defaultdict(list)
-        for trial in group:
-            for turn in trial.turns:
-                rows[(turn.episode, turn.phase, turn.anchor if estimator == "gigpo" else "")].append(turn)
-        for turns in rows.values():
-            weight = step_weight if estimator == "gigpo" else 1.0
-            for turn, value in zip(turns, center([turn.ret for turn in turns], norm), strict=True):
-                turn.advantage = weight * value
-        if estimator == "gigpo":
-            for episode in range(max(trial.turns[-1].episode for trial in group) + 1):
-                played = [[t for t in trial.turns if t.episode == episode and t.phase == "play"] for trial in group]
-                played = [turns for turns in played if turns]
-                # G_0(n) as the environment paid it: an invalid first reply is penalised in P, on its own row
-                values = center([turns[0].ret + turns[0].penalty for turns in played], norm)
-                for turns, value in zip(played, values, strict=True):
-                    for turn in turns:
-                        turn.advantage += value
+        turns = [turn for trial in group for turn in trial.turns]
+        for same in sets_by(lambda turn: (turn.episode, turn.phase, turn.anchor if is_gigpo else ""), turns):
+            for turn, value in zip(same, center([turn.ret for turn in same], norm), strict=True):
+                turn.advantage = step_weight * value if is_gigpo else value
+        for episode in {turn.episode for turn in turns} if is_gigpo else ():
+            played = [[t for t in trial.turns if (t.episode, t.phase) == (episode, "play")] for trial in group]
+            played = [turns for turns in played if turns]
+            # G_0(n) as the environment paid it: an invalid first reply is penalised in P, on its own row
+            values = center([turns[0].ret + turns[0].penalty for turns in played], norm)
+            for turns, value in zip(played, values, strict=True):
+                for turn in turns:
+                    turn.advantage += value
 
 
 def official_advantages(
-    groups: Iterable[Sequence[Trial]],
-    estimator: str,
-    norm: str = "mean",
-    step_weight: float = 1.0,
-    reward: str = "env",
+    groups: Iterable[Sequence[Trial]], estimator: str, norm: str = "mean", step_weight: float = 1.0, reward: str = "env"
 ) -> None:
     """Set `advantage` of every turn as the official code does (facts/games.md 4): a group's rows in one pot.
 
@@ -757,15 +739,13 @@ def official_advantages(
     """
     norm = NORM_OF.get(estimator, norm)
     for group in groups:
-        turns, scores, anchors = [], [], defaultdict(list)
+        turns, scores = [turn for trial in group for turn in trial.turns], []
         for trial in group:
             rewards = [sum(episode) for episode in credited_rewards(trial, reward)]
-            turns += trial.turns
             scores += [rewards[t.episode] * (t.phase == "play") - t.penalty for t in trial.turns]
         for turn, value in zip(turns, center(scores, norm) if len(turns) > 1 else scores, strict=True):
             turn.advantage = value
-            anchors[turn.anchor].append(turn)
-        for same in anchors.values() if estimator == "gigpo" else ():
+        for same in sets_by(lambda turn: turn.anchor, turns) if estimator == "gigpo" else ():
             for turn, value in zip(same, center([t.ret + t.penalty for t in same], norm), strict=True):
                 turn.advantage += step_weight * value
 
@@ -808,15 +788,14 @@ def reply_logps(
     Sequences are padded on the right, so causal attention needs no mask. Only hidden states that predict reply tokens
     reach the output layer, in chunks that are recomputed in the backward pass: logits of the whole batch never exist.
     """
-    device = model.device
-    tokens = pad([turn.prompt_ids + turn.reply_ids for turn in turns]).to(device)  # (B, L)
+    tokens = pad([turn.prompt_ids + turn.reply_ids for turn in turns]).to(model.device)  # (B, L)
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     hidden = decoder(input_ids=tokens, use_cache=False).last_hidden_state  # (B, L, h)
-    rows = [row for row, turn in enumerate(turns) for _ in turn.reply_ids]
-    columns = [len(turn.prompt_ids) + i for turn in turns for i in range(len(turn.reply_ids))]
-    rows, columns = torch.tensor(rows, device=device), torch.tensor(columns, device=device)
     states = prompt_states(hidden, turns)  # (B, h)
-    hidden, targets = hidden[rows, columns - 1], tokens[rows, columns]  # (T, h), (T,)
+    rows = [row for row, turn in enumerate(turns) for _ in turn.reply_ids]
+    columns = [len(turn.prompt_ids) - 1 + i for turn in turns for i in range(len(turn.reply_ids))]
+    targets = torch.tensor([token for turn in turns for token in turn.reply_ids], device=model.device)  # (T,)
+    hidden = hidden[rows, columns]  # (T, h)
 
     def score(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         logps = (head(hidden)[:, :vocab_size].float() / temperature).log_softmax(-1)  # (C, V)
@@ -825,17 +804,14 @@ def reply_logps(
         return logps.gather(-1, targets[:, None])[:, 0], entropy
 
     chunk = chunk or max(1, 2**26 // vocab_size)  # 256 MB of fp32 logits at a time
-    pieces = [
-        checkpoint(score, h, t, use_reentrant=False)
-        for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True)
-    ]
-    return torch.cat([logps for logps, _ in pieces]), torch.cat([entropy for _, entropy in pieces]), states
+    chunks = zip(hidden.split(chunk), targets.split(chunk), strict=True)
+    logps, entropies = zip(*(checkpoint(score, *piece, use_reentrant=False) for piece in chunks), strict=True)
+    return torch.cat(logps), torch.cat(entropies), states
 
 
 def prompt_states(hidden: Tensor, turns: Sequence[Turn]) -> Tensor:
     """The hidden states of the prompts' last tokens in fp32, detached: (B, L, h) -> (B, h)."""
-    ends = torch.tensor([len(turn.prompt_ids) - 1 for turn in turns], device=hidden.device)
-    return hidden[torch.arange(len(turns), device=hidden.device), ends].detach().float()
+    return hidden[range(len(turns)), [len(turn.prompt_ids) - 1 for turn in turns]].detach().float()
 
 
 @torch.no_grad()
@@ -886,6 +862,11 @@ def kl_estimate(logps: Tensor, reference: Tensor, kind: str = "k3") -> Tensor:
 def micro_batches(turns: Iterable[Turn], max_tokens: int) -> list[list[Turn]]:
     """Turns in batches of at most max_tokens, padding included."""
     return fill_batches(turns, max_tokens, lambda turn: len(turn.prompt_ids) + len(turn.reply_ids))
+
+
+def count_tokens(turns: Iterable[Turn]) -> int:
+    """Reply tokens, the ones that are trained."""
+    return sum(len(turn.reply_ids) for turn in turns)
 
 
 def all_reduce_sum(values: Sequence[float], device: torch.device) -> list[float]:
@@ -1037,29 +1018,28 @@ def update(
     learns by half the squared error to advantage + value, meaned over turns.
     """
     device = model.device
-    turns = [(turn, i, number) for trial, i in zip(trials, ids, strict=True) for number, turn in enumerate(trial.turns)]
-    num_turns, num_tokens = all_reduce_sum([len(turns), sum(len(turn.reply_ids) for turn, _, _ in turns)], device)
-    num_minibatches = max(1, round(num_turns / minibatch))
-    draw = uniforms(sampling.seed, sampling.step, *np.array([key for _, *key in turns]).T, 1 << 40)
-    minibatches: list[list[Turn]] = [[] for _ in range(num_minibatches)]
-    for (turn, _, _), u in zip(turns, draw, strict=True):
-        minibatches[int(u * num_minibatches)].append(turn)
+    turns = [turn for trial in trials for turn in trial.turns]
+    keys = [(i, number) for trial, i in zip(trials, ids, strict=True) for number in range(len(trial.turns))]
+    num_turns, num_tokens = all_reduce_sum([len(turns), count_tokens(turns)], device)
+    minibatches: list[list[Turn]] = [[] for _ in range(max(1, round(num_turns / minibatch)))]
+    for turn, u in zip(turns, uniforms(sampling.seed, sampling.step, *np.array(keys).T, 1 << 40), strict=True):
+        minibatches[int(u * len(minibatches))].append(turn)
 
     model.train()
-    old_logps = {id(turn): torch.tensor(turn.logps, device=device) for turn, _, _ in turns}
+    old_logps = {id(turn): torch.tensor(turn.logps, device=device) for turn in turns}
     gap = 0.0
     if model.dtype != torch.float32:  # a bf16 decoder and a bf16 trainer differ: measure the ratio against the trainer
         with torch.no_grad():
-            for batch in micro_batches([turn for turn, _, _ in turns], microbatch_tokens):
+            for batch in micro_batches(turns, microbatch_tokens):
                 logps, _, _ = reply_logps(model, batch, sampling.temperature, vocab_size)
                 for turn, new in zip(batch, logps.split([len(turn.reply_ids) for turn in batch]), strict=True):
                     gap += (new - old_logps[id(turn)]).abs().sum().item()
                     old_logps[id(turn)] = new
 
-    sums = torch.zeros(6, dtype=torch.float64, device=device)  # loss, entropy, clipped tokens, kl, kl_start, value
-    norms = []
+    names = ("loss", "entropy", "clip_fraction", "kl", "kl_start", "value_loss")
+    sums, norms = torch.zeros(len(names), dtype=torch.float64, device=device), []
     for rows in minibatches:
-        count, num_rows = all_reduce_sum([sum(len(turn.reply_ids) for turn in rows), len(rows)], device)
+        count, num_rows = all_reduce_sum([count_tokens(rows), len(rows)], device)
         if count == 0:
             continue
         for batch in micro_batches(rows, microbatch_tokens):
@@ -1085,17 +1065,6 @@ def update(
         norms.append(optimizer.step(grad_clip))
     model.eval()
     sums[-1] *= num_tokens / num_turns  # all others are means over tokens
-    loss, entropy, clipped, kl_step, kl_start, value_loss, gap = (
-        x / num_tokens for x in all_reduce_sum([*sums.tolist(), gap], device)
-    )
-    return {
-        "loss": loss,
-        "entropy": entropy,
-        "clip_fraction": clipped,
-        "kl": kl_step,
-        "kl_start": kl_start,
-        "value_loss": value_loss,
-        "sampler_gap": gap,
-        "grad_norm": sum(norms) / len(norms),
-        "updates": len(norms),
-    }
+    means = [total / num_tokens for total in all_reduce_sum([*sums.tolist(), gap], device)]
+    stats = dict(zip([*names, "sampler_gap"], means, strict=True))
+    return stats | {"grad_norm": sum(norms) / len(norms), "updates": len(norms)}
