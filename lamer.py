@@ -23,7 +23,7 @@ from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
+from itertools import chain, groupby
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -95,13 +95,13 @@ class Trial:
             lines[-1] += f"  [reward {turn.reward:g}]" if turn.phase == "play" else ""
         return "\n".join(lines)
 
-    def rewards(self) -> list[list[float]]:
-        """Rewards of the play turns, one list per episode played."""
-        played = [[] for _ in range(self.turns[-1].episode + 1)]
-        for turn in self.turns:
-            if turn.phase == "play":
-                played[turn.episode].append(turn.reward)
-        return played
+    def rewards(self, kind: str = "env") -> list[list[float]]:
+        """Rewards of the play turns, one list per episode played; with "success" 10 for the win and no other."""
+        played = [turn for turn in self.turns if turn.phase == "play"]
+        wins = [10.0 * (self.won_in is not None and turn is played[-1]) for turn in played]
+        rewards = wins if kind == "success" else [turn.reward for turn in played]
+        pairs = zip(played, rewards, strict=True)
+        return [[reward for _, reward in same] for _, same in groupby(pairs, key=lambda pair: pair[0].episode)]
 
 
 class Prompt(NamedTuple):
@@ -147,7 +147,8 @@ def run_trial(
             if len(ids) <= max_prompt:
                 return ids
             trial.num_shortened += keep == HISTORY_LENGTH
-        return ids[: max_prompt // 2] + ids[len(ids) - (max_prompt - max_prompt // 2) :]
+        half = max_prompt // 2
+        return ids[:half] + ids[half - max_prompt :]
 
     for episode in range(episodes):
         initial, _ = env.reset(seed=seed)
@@ -643,15 +644,6 @@ def cross_episode_returns(
     return returns[::-1]
 
 
-def credited_rewards(trial: Trial, reward: str = "env") -> list[list[float]]:
-    """The rewards that count, one list per episode: the environment's, or for "success" 10 for the win and no other."""
-    rewards = trial.rewards()
-    if reward == "success":
-        rewards = [[0.0] * len(episode) for episode in rewards]
-        rewards[-1][-1] = 0.0 if trial.won_in is None else 10.0
-    return rewards
-
-
 def compute_returns(
     trials: Iterable[Trial],
     credit: str,
@@ -666,7 +658,7 @@ def compute_returns(
     first win, a large gamma_traj can pay for putting the win off; this is the control.
     """
     for trial in trials:
-        returns = cross_episode_returns(credited_rewards(trial, reward), credit, gamma_step, gamma_traj)
+        returns = cross_episode_returns(trial.rewards(reward), credit, gamma_step, gamma_traj)
         played = chain.from_iterable(returns)
         for turn in trial.turns:
             turn.penalty = invalid_penalty * (not turn.is_valid)
@@ -741,7 +733,7 @@ def official_advantages(
     for group in groups:
         turns, scores = [turn for trial in group for turn in trial.turns], []
         for trial in group:
-            rewards = [sum(episode) for episode in credited_rewards(trial, reward)]
+            rewards = [sum(episode) for episode in trial.rewards(reward)]
             scores += [rewards[t.episode] * (t.phase == "play") - t.penalty for t in trial.turns]
         for turn, value in zip(turns, center(scores, norm) if len(turns) > 1 else scores, strict=True):
             turn.advantage = value
@@ -781,9 +773,8 @@ def reply_logps(
     need_entropy_grad: bool = False,
     chunk: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities of all reply tokens of the turns in order, and the entropies they were drawn from: (T,), (T,).
-
-    Third come the hidden states of the prompts' last tokens, detached, for a value head: (B, h).
+    """Log-probabilities of all reply tokens of the turns in order (T,), the entropies they were drawn from (T,), and
+    for a value head the `prompt_states` (B, h).
 
     Sequences are padded on the right, so causal attention needs no mask. Only hidden states that predict reply tokens
     reach the output layer, in chunks that are recomputed in the backward pass: logits of the whole batch never exist.
@@ -895,29 +886,27 @@ class Optimizer:
         value_lr: float = 1e-3,
         **adamw: Any,
     ):
-        """Takes an fp32 model and turns its weights into `dtype`; a value head stays in fp32.
-
-        `adamw` are options of torch.optim.AdamW.
-        """
+        """Takes an fp32 model and turns its weights into `dtype`; a value head stays in fp32. `adamw`: its options."""
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.policy = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        values = {f"value_head.{name}": p for name, p in value_head.named_parameters()} if value_head else {}
-        self.weights = self.policy | values
+        head = {f"value_head.{name}": p for name, p in value_head.named_parameters()} if value_head else {}
+        self.weights = self.policy | head
         self.owner, load = {}, [0] * self.world  # the largest weights first, each to the process that has least
         for name, weight in sorted(self.weights.items(), key=lambda item: -item[1].numel()):
             self.owner[name] = load.index(min(load))
             load[self.owner[name]] += weight.numel()
-        own = {name: weight for name, weight in self.weights.items() if self.owner[name] == self.rank}
-        keep = dtype == torch.float32
-        self.masters = {n: p if keep or n in values else p.detach().clone() for n, p in own.items()}
+        self.masters: dict[str, Tensor] = {}  # of the weights this process owns
         self.grads: dict[str, Tensor] = {}  # fp32, of the optimizer step in progress
         for name, weight in self.weights.items():
+            if self.owner[name] == self.rank:
+                is_master = dtype == torch.float32 or name in head
+                self.masters[name] = weight if is_master else weight.detach().clone()
             if name in self.policy:  # not model.to(dtype): rotary frequencies must stay fp32
                 weight.data = weight.data.to(dtype)
             weight.register_post_accumulate_grad_hook(partial(self.accumulate, name))
         groups = [
-            {"params": [p for n, p in self.masters.items() if n not in values]},
-            {"params": [p for n, p in self.masters.items() if n in values], "lr": value_lr, "weight_decay": 0.0},
+            {"params": [p for name, p in self.masters.items() if name in self.policy]},
+            {"params": [p for name, p in self.masters.items() if name in head], "lr": value_lr, "weight_decay": 0.0},
         ]
         # fused: the default on a GPU makes temporary copies as large as a moment
         defaults = dict(weight_decay=0.0, fused=model.device.type == "cuda")
