@@ -410,7 +410,6 @@ class SlotCache(Cache):
     def look_at(self, rows: Sequence[int], positions: np.ndarray, width: int, dtype: torch.dtype) -> Tensor:
         """Select rows and positions (B, T); returns the additive causal mask (B, 1, T, width)."""
         self.rows = torch.tensor(rows, device=self.device)
-        # the leading rows are read in place, others are copied
         self.selected = slice(len(rows)) if list(rows) == list(range(len(rows))) else self.rows
         self.positions = torch.as_tensor(positions, device=self.device).clamp(max=self.capacity - 1)
         self.width = width
@@ -451,6 +450,9 @@ class UnsupportedModelError(ValueError):
     """The slot sampler cannot serve this model."""
 
 
+PREFILL_TOKENS = 8192  # of new prompts computed at once, padding included
+
+
 class SlotSampler:
     """Plays many trials at once: a fixed number of slots, each a row of one preallocated key/value cache.
 
@@ -460,7 +462,7 @@ class SlotSampler:
     runs.
     """
 
-    def __init__(self, model: Any, chat: Chat, slots: int, max_prompt: int, max_reply: int, prefill_tokens: int = 8192):
+    def __init__(self, model: Any, chat: Chat, slots: int, max_prompt: int, max_reply: int):
         shape = model.config.get_text_config()
         window = getattr(shape, "sliding_window", None) or math.inf
         layers = set(getattr(shape, "layer_types", None) or ["full_attention"])
@@ -468,8 +470,7 @@ class SlotSampler:
             raise UnsupportedModelError("this model has layers without full attention")
         if model.config._attn_implementation not in ("eager", "sdpa"):
             raise UnsupportedModelError("the slot sampler's mask needs eager or sdpa attention")
-        self.model, self.chat, self.num_slots = model, chat, slots
-        self.max_reply, self.prefill_tokens = max_reply, prefill_tokens
+        self.model, self.chat, self.num_slots, self.max_reply = model, chat, slots, max_reply
         self.cache = SlotCache(shape.num_hidden_layers, slots, max_prompt + max_reply, model.device)
 
     @torch.no_grad()
@@ -483,7 +484,7 @@ class SlotSampler:
             logits = None  # (B, V)
             if len(new) < len(slots):  # all rows, so that the cache is read in place; new ones idle
                 logits = self.forward(slots, range(len(slots)), [slot.reply[-1:] for slot in slots])
-            for rows in fill_batches(new, self.prefill_tokens, lambda row: len(slots[row].rest)):
+            for rows in fill_batches(new, PREFILL_TOKENS, lambda row: len(slots[row].rest)):
                 ready = self.forward(slots, rows, [slots[row].rest for row in rows])
                 logits = ready.new_zeros(len(slots), ready.shape[-1]) if logits is None else logits
                 logits[rows] = ready
