@@ -19,10 +19,11 @@ are known only by the interface in envs.py.
 
 import math
 import re
-from collections import defaultdict, deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain, groupby
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -58,10 +59,13 @@ class Turn:
     advantage: float = 0.0  # set by compute_advantages
 
 
+Records = Sequence[tuple[str, str, bool]]  # (action, observation after it, done) of every turn of an episode
+
+
 class Episode(NamedTuple):
     """What memory keeps of a failed episode."""
 
-    records: list[tuple[str, str, bool]]  # (action, observation after it, done) of every turn
+    records: Records
     reflection: str
 
 
@@ -91,13 +95,13 @@ class Trial:
             lines[-1] += f"  [reward {turn.reward:g}]" if turn.phase == "play" else ""
         return "\n".join(lines)
 
-    def rewards(self) -> list[list[float]]:
-        """Rewards of the play turns, one list per episode played."""
-        played = [[] for _ in range(self.turns[-1].episode + 1)]
-        for turn in self.turns:
-            if turn.phase == "play":
-                played[turn.episode].append(turn.reward)
-        return played
+    def rewards(self, kind: str = "env") -> list[list[float]]:
+        """Rewards of the play turns, one list per episode played; with "success" 10 for the win and no other."""
+        played = [turn for turn in self.turns if turn.phase == "play"]
+        wins = [10.0 * (self.won_in is not None and turn is played[-1]) for turn in played]
+        rewards = wins if kind == "success" else [turn.reward for turn in played]
+        pairs = zip(played, rewards, strict=True)
+        return [[reward for _, reward in same] for _, same in groupby(pairs, key=lambda pair: pair[0].episode)]
 
 
 class Prompt(NamedTuple):
@@ -143,7 +147,8 @@ def run_trial(
             if len(ids) <= max_prompt:
                 return ids
             trial.num_shortened += keep == HISTORY_LENGTH
-        return ids[: max_prompt // 2] + ids[len(ids) - (max_prompt - max_prompt // 2) :]
+        half = max_prompt // 2
+        return ids[:half] + ids[half - max_prompt :]
 
     for episode in range(episodes):
         initial, _ = env.reset(seed=seed)
@@ -151,8 +156,7 @@ def run_trial(
         seen = trial.past if borrowed is None else borrowed[:episode]
         while not done:
             before, anchor = observation, env.anchor()
-            write = partial(play_prompt, env, style, memory, initial, seen, episode, records)
-            ids = fit(write)
+            ids = fit(partial(play_prompt, env, style, memory, initial, seen, episode, records))
             reply = yield Prompt("play", ids)
             action, is_valid = env.parse(reply.text)
             observation, reward, terminated, truncated, info = env.step(action)
@@ -163,9 +167,8 @@ def run_trial(
         trial.info = info
         if info.get("won", terminated and reward > 0):
             trial.won_in = episode
-            break
-        if episode + 1 == episodes:
-            break
+        if trial.won_in is not None or episode + 1 == episodes:
+            return trial
         reflection = ""
         if memory in ("reflection", "both"):
             ids = fit(partial(reflection_prompt, env, style, initial, episode, records))
@@ -173,7 +176,6 @@ def run_trial(
             reflection, is_valid = parse_reflection(reply.text)
             trial.turns.append(Turn(episode, "reflect", ids, *reply, observation, 0.0, is_valid, "reflection"))
         trial.past.append(Episode(records, reflection))
-    return trial
 
 
 def parse_reflection(reply: str) -> tuple[str, bool]:
@@ -187,15 +189,13 @@ def parse_reflection(reply: str) -> tuple[str, bool]:
 HISTORY_LENGTH = 7  # records of an episode that a prompt shows (official scripts)
 
 
-def format_history(
-    records: Sequence[tuple[str, str, bool]], num_observations: int, length: int = HISTORY_LENGTH
-) -> str:
-    """The last `length` records (action, observation, done), the last `num_observations` of them with observation.
+def format_history(records: Records, num_observations: int, length: int = HISTORY_LENGTH) -> str:
+    """The last `length` records, the last `num_observations` of them with observation.
 
     [("(2, 3)", "? 1", False)] -> "Action 1: (2, 3)\\nObservation 1:\\n? 1"
     """
-    lines, first = [], max(len(records) - length, 0)
-    for i, (action, observation, done) in enumerate(records[first:], start=first):
+    lines = []
+    for i, (action, observation, done) in [*enumerate(records)][-length:]:
         shown = f"\n{observation}" if i >= len(records) - num_observations else " ..."
         lines.append(f"Action {i + 1}: {action}\nObservation {i + 1}:{shown}")
         if done:
@@ -210,7 +210,7 @@ def play_prompt(
     initial: str,
     past: Sequence[Episode],
     episode: int,
-    records: Sequence[tuple[str, str, bool]],
+    records: Records,
     length: int = HISTORY_LENGTH,
     forget: int = 0,
 ) -> str:
@@ -220,52 +220,49 @@ def play_prompt(
     same order for the tiny policy, in a form a small model can learn within minutes: a reflection that redraws a board
     stands at a constant distance from the present board. `forget` leaves out the oldest episodes.
     """
-    blocks = []
+    is_compact, blocks = style == "compact", []
     for number, old in enumerate(past[forget:] if memory != "none" else [], start=forget + 1):
         history = format_history(old.records, 2, length) if memory in ("history", "both") else ""
         note = old.reflection if memory in ("reflection", "both") else ""
-        if style == "compact":
+        if is_compact:
             blocks += ["memory", history, note]
         else:
             blocks += [f"Episode {number} did not solve the task."]
-            blocks += [f"What happened in it:\n{history}"] * bool(history)
-            blocks += [f"What you noted for the next episodes:\n{note}"] * bool(note)
+            blocks += [history and f"What happened in it:\n{history}"]
+            blocks += [note and f"What you noted for the next episodes:\n{note}"]
     options = ["You can choose from: " + ", ".join(admissible)] if (admissible := env.actions()) else []
-    if style == "compact":
+    so_far = format_history(records, 2, length)
+    if is_compact:
         now = records[-1][1] if records else initial
-        if not env.is_markov and records:
-            now = f"{initial}\n{format_history(records, 2, length)}"
-        return "\n".join(filter(None, [env.rules("compact"), *blocks, "now", now, *options, "act"]))
+        now = now if env.is_markov or not records else f"{initial}\n{so_far}"
+        return join("\n", env.rules("compact"), *blocks, "now", now, *options, "act")
     blocks += [f"This is episode {episode + 1}, again from the start."] * bool(blocks)
-    blocks += [f"What you did so far in this episode:\n{format_history(records, 2, length)}"] * bool(records)
+    blocks += [so_far and f"What you did so far in this episode:\n{so_far}"]
     ask = f"{'Give only' if style == 'direct' else 'Think step by step, then give'} {env.action_format}."
-    sections = [env.rules("full"), f"The task at the start:\n{initial}", *blocks, *options, ask]
-    return "\n\n".join(filter(None, sections))
+    return join("\n\n", env.rules("full"), f"The task at the start:\n{initial}", *blocks, *options, ask)
 
 
 def reflection_prompt(
-    env: Env,
-    style: str,
-    initial: str,
-    episode: int,
-    records: Sequence[tuple[str, str, bool]],
-    length: int = HISTORY_LENGTH,
-    forget: int = 0,
+    env: Env, style: str, initial: str, episode: int, records: Records, length: int = HISTORY_LENGTH, forget: int = 0
 ) -> str:
     """The prompt for a reflection on the episode just failed. Earlier ones are not shown, `forget` is idle."""
     if style == "compact":
         last = records[-1][1] if env.is_markov else f"{initial}\n{format_history(records, 2, length)}"
-        start = initial if env.plans_from_start else ""
-        return "\n".join(filter(None, [env.rules("compact"), start, "now", last, "reflect"]))
-    sections = [
+        return join("\n", env.rules("compact"), initial if env.plans_from_start else "", "now", last, "reflect")
+    return join(
+        "\n\n",
         env.rules("full"),
         f"The task at the start:\n{initial}",
         f"Below is episode {episode + 1} of your attempts at this task. It did not solve it.",
         format_history(records, HISTORY_LENGTH, length),
         "Study it: what went wrong, and what did you find out? Then write what the next episode, from the same start, "
         + "should know and do, briefly, inside <remark> </remark>.",
-    ]
-    return "\n\n".join(filter(None, sections))
+    )
+
+
+def join(separator: str, *sections: str) -> str:
+    """The sections that are not empty."""
+    return separator.join(filter(None, sections))
 
 
 class Chat:
@@ -279,17 +276,12 @@ class Chat:
         self.tokenizer = tokenizer
         marker, head, tail = "CONTENT", "", "\n"
         if tokenizer.chat_template:
+            # Some templates print today's date: a run resumed tomorrow would differ.
+            options = dict(add_generation_prompt=True, enable_thinking=False, date_string="1 January 2026")
             message = [{"role": "user", "content": marker}]
-            text = tokenizer.apply_chat_template(
-                message,
-                tokenize=False,
-                add_generation_prompt=True,
-                enable_thinking=False,
-                date_string="1 January 2026",  # some templates print today's date: a run resumed tomorrow would differ
-            )
+            text = tokenizer.apply_chat_template(message, tokenize=False, **options)
             head, _, tail = text.partition(marker)
-        self.head = tokenizer.encode(head, add_special_tokens=False)
-        self.tail = tokenizer.encode(tail, add_special_tokens=False)
+        self.head, self.tail = (tokenizer.encode(text, add_special_tokens=False) for text in (head, tail))
         self.backend = getattr(tokenizer, "backend_tokenizer", None)  # twice as fast without what is around it
         if self.backend:
             self.backend.no_truncation()
@@ -383,8 +375,7 @@ class SlotLayer(CacheLayerMixin):
         self.view = view
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        rows, columns = self.view.num_slots, self.view.capacity
-        shape = (rows, key_states.shape[1], columns)
+        shape = self.view.num_slots, key_states.shape[1], self.view.capacity
         # zeros, not empty: a masked NaN is still NaN
         self.keys = key_states.new_zeros(*shape, key_states.shape[-1])  # (S, H, C, D)
         self.values = value_states.new_zeros(*shape, value_states.shape[-1])  # (S, H, C, D)
@@ -394,12 +385,10 @@ class SlotLayer(CacheLayerMixin):
         """Write (B, H, T, D) states of the rows in view at their positions; return what these rows hold so far."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        rows, positions, width = self.view.rows, self.view.positions, self.view.width
-        self.keys[rows[:, None], :, positions] = key_states.transpose(1, 2)  # (B, T, H, D)
-        self.values[rows[:, None], :, positions] = value_states.transpose(1, 2)
-        if self.view.is_leading:
-            return self.keys[: len(rows), :, :width], self.values[: len(rows), :, :width]
-        return self.keys[rows, :, :width], self.values[rows, :, :width]
+        view = self.view
+        self.keys[view.rows[:, None], :, view.positions] = key_states.transpose(1, 2)  # (B, T, H, D)
+        self.values[view.rows[:, None], :, view.positions] = value_states.transpose(1, 2)
+        return self.keys[view.selected, :, : view.width], self.values[view.selected, :, : view.width]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.view.width, 0
@@ -416,40 +405,52 @@ class SlotCache(Cache):
 
     def __init__(self, num_layers: int, num_slots: int, capacity: int, device: torch.device):
         self.num_slots, self.capacity, self.device = num_slots, capacity + 1, device  # the last column is scratch
-        self.columns = torch.arange(self.capacity, device=device)
         super().__init__(layers=[SlotLayer(self) for _ in range(num_layers)])
 
     def look_at(self, rows: Sequence[int], positions: np.ndarray, width: int, dtype: torch.dtype) -> Tensor:
         """Select rows and positions (B, T); returns the additive causal mask (B, 1, T, width)."""
-        self.is_leading = list(rows) == list(range(len(rows)))
-        self.rows = torch.as_tensor(list(rows), device=self.device)
+        self.rows = torch.tensor(rows, device=self.device)
+        self.selected = slice(len(rows)) if list(rows) == list(range(len(rows))) else self.rows
         self.positions = torch.as_tensor(positions, device=self.device).clamp(max=self.capacity - 1)
         self.width = width
-        hidden = self.columns[:width] > self.positions[:, :, None]  # (B, T, width)
+        hidden = torch.arange(width, device=self.device) > self.positions[:, :, None]  # (B, T, width)
         mask = torch.zeros(hidden.shape, dtype=dtype, device=self.device)
         return mask.masked_fill_(hidden, torch.finfo(dtype).min)[:, None]
 
     def move_row(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` columns of a row."""
         for layer in self.layers:
-            layer.keys[target, :, :length] = layer.keys[source, :, :length]
-            layer.values[target, :, :length] = layer.values[source, :, :length]
+            for states in (layer.keys, layer.values):
+                states[target, :, :length] = states[source, :, :length]
 
 
-@dataclass
 class Slot:
-    """A row of the cache and the trial that is using it."""
+    """A row of the cache, and the trials that use it, one after the other, as one conversation."""
 
-    trial: int = -1  # index of the trial
-    turn: int = 0  # model calls of this trial so far
-    held: list[int] = field(default_factory=list)  # token ids whose keys and values the row holds
-    prompt: list[int] = field(default_factory=list)
-    reply: list[int] = field(default_factory=list)
-    logps: list[float] = field(default_factory=list)
+    def __init__(self, waiting: Iterator[tuple[int, Generator]], finished: list[Trial | None]):
+        self.held: list[int] = []  # token ids whose keys and values the row holds
+        self.talk = self.play(waiting, finished)
+        self.take(next(self.talk))
+
+    def play(self, waiting: Iterator[tuple[int, Generator]], finished: list[Trial | None]) -> Generator:
+        """Play trials as long as some wait; `waiting` is shared with the other slots."""
+        for self.trial, trial in waiting:
+            self.turn = 0  # model calls of this trial so far
+            finished[self.trial] = yield from trial
+
+    def take(self, prompt: Prompt) -> None:
+        """Begin a reply: keep what the row holds of the prompt, the rest is still to be computed."""
+        start = common_prefix(self.held, prompt.ids)
+        self.held, self.rest = prompt.ids[:start], prompt.ids[start:]
+        self.reply: list[int] = []
+        self.logps: list[float] = []
 
 
 class UnsupportedModelError(ValueError):
     """The slot sampler cannot serve this model."""
+
+
+PREFILL_TOKENS = 8192  # of new prompts computed at once, padding included
 
 
 class SlotSampler:
@@ -461,7 +462,7 @@ class SlotSampler:
     runs.
     """
 
-    def __init__(self, model: Any, chat: Chat, slots: int, max_prompt: int, max_reply: int, prefill_tokens: int = 8192):
+    def __init__(self, model: Any, chat: Chat, slots: int, max_prompt: int, max_reply: int):
         shape = model.config.get_text_config()
         window = getattr(shape, "sliding_window", None) or math.inf
         layers = set(getattr(shape, "layer_types", None) or ["full_attention"])
@@ -469,111 +470,65 @@ class SlotSampler:
             raise UnsupportedModelError("this model has layers without full attention")
         if model.config._attn_implementation not in ("eager", "sdpa"):
             raise UnsupportedModelError("the slot sampler's mask needs eager or sdpa attention")
-        self.model, self.chat, self.num_slots = model, chat, slots
-        self.max_reply, self.prefill_tokens = max_reply, prefill_tokens
+        self.model, self.chat, self.num_slots, self.max_reply = model, chat, slots, max_reply
         self.cache = SlotCache(shape.num_hidden_layers, slots, max_prompt + max_reply, model.device)
 
     @torch.no_grad()
     def run(self, trials: Sequence[Generator], ids: Sequence[int], sampling: Sampling) -> list[Trial]:
         """Play all trials to their end; results in the order of trials. `ids` number them for the random draws."""
         assert not self.model.training, "sampling needs model.eval()"
-        waiting, finished = deque(range(len(trials))), [None] * len(trials)
-        slots = [Slot() for _ in range(min(self.num_slots, len(trials)))]
-        for slot in slots:
-            slot.trial = waiting.popleft()
-            slot.prompt = next(trials[slot.trial]).ids
-        logits = None
+        waiting, finished = enumerate(trials), [None] * len(trials)
+        slots = [Slot(waiting, finished) for _ in range(min(self.num_slots, len(trials)))]
         while slots:
             new = [row for row, slot in enumerate(slots) if not slot.reply]
-            if len(new) < len(slots):
-                logits = self.decode(slots)  # (B, V); rows of new slots hold nothing yet
-            for rows in self.prefill_batches(slots, new):
-                ready = self.prefill(slots, rows)
-                if logits is None or len(logits) != len(slots):
-                    logits = ready.new_zeros(len(slots), ready.shape[-1])
+            logits = None  # (B, V)
+            if len(new) < len(slots):  # all rows, so that the cache is read in place; new ones idle
+                logits = self.forward(slots, range(len(slots)), [slot.reply[-1:] for slot in slots])
+            for rows in fill_batches(new, PREFILL_TOKENS, lambda row: len(slots[row].rest)):
+                ready = self.forward(slots, rows, [slots[row].rest for row in rows])
+                logits = ready.new_zeros(len(slots), ready.shape[-1]) if logits is None else logits
                 logits[rows] = ready
-            keys = np.array([(ids[s.trial], s.turn, len(s.reply)) for s in slots]).T
+            keys = np.array([(ids[slot.trial], slot.turn, len(slot.reply)) for slot in slots]).T
             tokens, logps = pick_tokens(logits, uniforms(sampling.seed, sampling.step, *keys), sampling)
             ended = []
             for row, (slot, token, logp) in enumerate(zip(slots, tokens.tolist(), logps.tolist(), strict=True)):
                 slot.reply.append(token)
                 slot.logps.append(logp)
-                is_done = token in self.chat.stop_ids or len(slot.reply) >= self.max_reply
-                if is_done and not self.next_prompt(slot, trials, waiting, finished):
-                    ended.append(row)
+                if token in self.chat.stop_ids or len(slot.reply) >= self.max_reply:
+                    slot.turn += 1
+                    try:
+                        slot.take(slot.talk.send(Reply(slot.reply, slot.logps, self.chat.decode(slot.reply))))
+                    except StopIteration:
+                        ended.append(row)
             for row in reversed(ended):  # keep live slots at the head of the cache, so that decoding reads it in place
                 last = slots.pop()
                 if row < len(slots):
                     self.cache.move_row(len(slots), row, len(last.held))
                     slots[row] = last
-            logits = None if ended else logits
         return finished
 
-    def next_prompt(self, slot: Slot, trials: Sequence[Generator], waiting: deque, finished: list) -> bool:
-        """Hand a finished reply to its trial and load the slot with the next prompt; False if no work is left."""
-        reply = Reply(slot.reply, slot.logps, self.chat.decode(slot.reply))
-        try:
-            slot.prompt = trials[slot.trial].send(reply).ids
-            slot.turn += 1
-        except StopIteration as stop:
-            finished[slot.trial] = stop.value
-            if not waiting:
-                return False
-            slot.trial, slot.turn = waiting.popleft(), 0
-            slot.prompt = next(trials[slot.trial]).ids
-        slot.reply, slot.logps = [], []
-        return True
+    def forward(self, slots: Sequence[Slot], rows: Sequence[int], new: Sequence[Sequence[int]]) -> Tensor:
+        """Logits (B, V) after the new tokens of these rows, which from now on hold them.
 
-    def prefill_batches(self, slots: list[Slot], rows: list[int]) -> list[list[int]]:
-        """Group rows with new prompts by the number of tokens they must compute, within the token budget."""
-        todo = sorted(rows, key=lambda row: len(slots[row].prompt) - common_prefix(slots[row].held, slots[row].prompt))
-        batches: list[list[int]] = []
-        for row in todo:
-            need = len(slots[row].prompt) - common_prefix(slots[row].held, slots[row].prompt)
-            if not batches or (len(batches[-1]) + 1) * need > self.prefill_tokens:
-                batches.append([])
-            batches[-1].append(row)
-        return batches
-
-    def prefill(self, slots: list[Slot], rows: list[int]) -> Tensor:
-        """Compute what the cache does not hold of these rows' prompts; returns the logits after each prompt (B, V)."""
-        starts = [common_prefix(slots[row].held, slots[row].prompt) for row in rows]
-        suffixes = [slots[row].prompt[start:] for row, start in zip(rows, starts, strict=True)]
-        for row in rows:
-            slots[row].held = list(slots[row].prompt)
-        tokens = pad(suffixes)  # (B, T)
-        positions = np.array(starts)[:, None] + np.arange(tokens.shape[1])  # (B, T)
-        # A short row's padding is written behind its end, where decoding will overwrite it before it is ever seen.
-        hidden = self.forward(rows, tokens, positions, max(len(slots[row].prompt) for row in rows))  # (B, T, h)
-        last = torch.tensor([len(suffix) - 1 for suffix in suffixes], device=hidden.device)
-        return self.head(hidden[torch.arange(len(rows), device=hidden.device), last])
-
-    def decode(self, slots: list[Slot]) -> Tensor:
-        """One token for every live slot (B, V). Slots that wait for their prompt write to the scratch column."""
-        tokens, positions = np.zeros((len(slots), 1), dtype=np.int64), np.zeros((len(slots), 1), dtype=np.int64)
-        for row, slot in enumerate(slots):
-            if slot.reply:
-                tokens[row], positions[row] = slot.reply[-1], len(slot.held)
-                slot.held.append(slot.reply[-1])
-            else:
-                positions[row] = self.cache.capacity - 1
-        width = max((len(slot.held) for slot in slots if slot.reply), default=1)
-        return self.head(self.forward(range(len(slots)), torch.from_numpy(tokens), positions, width)[:, 0])
-
-    def forward(self, rows: Sequence[int], tokens: Tensor, positions: np.ndarray, longest: int) -> Tensor:
-        """Hidden states (B, T, h) of the tokens at their positions, attending to what their rows hold."""
+        The padding of a short row, and of a row without new tokens, is written behind what the row holds, where later
+        tokens overwrite it before it is ever seen.
+        """
+        tokens = pad(new).to(self.model.device)  # (B, T)
+        positions = np.array([len(slots[row].held) for row in rows])[:, None] + np.arange(tokens.shape[1])  # (B, T)
+        for row, added in zip(rows, new, strict=True):
+            slots[row].held += added
+        longest = max(len(slots[row].held) for row, added in zip(rows, new, strict=True) if added)
         width = min(-(-longest // 32) * 32, self.cache.capacity)  # few distinct widths keep the allocator calm
         mask = self.cache.look_at(rows, positions, width, self.model.dtype)
-        return self.model.get_decoder()(
-            input_ids=tokens.to(self.model.device),
+        hidden = self.model.get_decoder()(
+            input_ids=tokens,
             position_ids=self.cache.positions,
             attention_mask=mask,
             past_key_values=self.cache,
             use_cache=True,
-        ).last_hidden_state
-
-    def head(self, hidden: Tensor) -> Tensor:
-        return self.model.get_output_embeddings()(hidden)[:, : self.chat.vocab_size]
+        ).last_hidden_state  # (B, T, h)
+        last = hidden[range(len(rows)), [len(added) - 1 for added in new]]  # (B, h)
+        return self.model.get_output_embeddings()(last)[:, : self.chat.vocab_size]
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
@@ -587,6 +542,16 @@ def pad(rows: Sequence[Sequence[int]], left: bool = False) -> Tensor:
     width = max(len(row) for row in rows)
     fill = [[0] * (width - len(row)) for row in rows]
     return torch.tensor([[*f, *row] if left else [*row, *f] for row, f in zip(rows, fill, strict=True)])
+
+
+def fill_batches(items: Iterable, max_tokens: int, length: Callable[[Any], int]) -> list[list]:
+    """Items sorted by length and cut so that each padded rectangle holds at most max_tokens (or one item)."""
+    batches: list[list] = []
+    for item in sorted(items, key=length):
+        if not batches or (len(batches[-1]) + 1) * length(item) > max_tokens:  # the longest so far, since sorted
+            batches.append([])
+        batches[-1].append(item)
+    return batches
 
 
 class GenerateSampler:
@@ -604,8 +569,8 @@ class GenerateSampler:
             live = list(prompts)
             for start in range(0, len(live), self.num_slots):
                 batch = live[start : start + self.num_slots]
-                replies = self.generate([prompts[i] for i in batch], [ids[i] for i in batch], turn, sampling)
-                for i, reply in zip(batch, replies, strict=True):
+                draw = DrawTokens(np.array([ids[i] for i in batch]), turn, sampling, self.chat.vocab_size)
+                for i, reply in zip(batch, self.generate([prompts[i] for i in batch], draw), strict=True):
                     try:
                         prompts[i] = trials[i].send(reply).ids
                     except StopIteration as stop:
@@ -614,31 +579,27 @@ class GenerateSampler:
             turn += 1
         return finished
 
-    def generate(self, prompts: list[list[int]], ids: Sequence[int], turn: int, sampling: Sampling) -> list[Reply]:
+    def generate(self, prompts: Sequence[Sequence[int]], draw: "DrawTokens") -> Iterator[Reply]:
         """Reply to every prompt."""
         tokens = pad(prompts, left=True).to(self.model.device)  # (B, L)
-        draw = DrawTokens(ids, turn, sampling, self.chat.vocab_size)
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=tokens.device)
-        is_content = torch.arange(tokens.shape[1], device=tokens.device) >= tokens.shape[1] - lengths[:, None]
+        is_content = pad([[1] * len(prompt) for prompt in prompts], left=True).to(self.model.device)  # (B, L)
         plain = GenerationConfig(  # not the model's own: a repetition penalty, say, would make it another policy
             do_sample=False, max_new_tokens=self.max_reply, eos_token_id=sorted(self.chat.stop_ids), pad_token_id=0
         )
-        model_options = dict(attention_mask=is_content.long(), logits_processor=LogitsProcessorList([draw]))
-        self.model.generate(tokens, generation_config=plain, **model_options)
-        replies = []
-        for sampled, logps in zip(
-            torch.stack(draw.tokens, 1).tolist(), torch.stack(draw.logps, 1).tolist(), strict=True
-        ):
-            end = next((i + 1 for i, token in enumerate(sampled) if token in self.chat.stop_ids), len(sampled))
-            replies.append(Reply(sampled[:end], logps[:end], self.chat.decode(sampled[:end])))
-        return replies
+        self.model.generate(
+            tokens, attention_mask=is_content, generation_config=plain, logits_processor=LogitsProcessorList([draw])
+        )
+        sampled, sampled_logps = torch.stack(draw.tokens, 1).tolist(), torch.stack(draw.logps, 1).tolist()
+        for row, logps in zip(sampled, sampled_logps, strict=True):
+            end = next((i + 1 for i, token in enumerate(row) if token in self.chat.stop_ids), len(row))
+            yield Reply(row[:end], logps[:end], self.chat.decode(row[:end]))
 
 
 class DrawTokens(LogitsProcessor):
     """Makes greedy `generate` emit the tokens that `pick_tokens` draws, and keeps them."""
 
-    def __init__(self, ids: Sequence[int], turn: int, sampling: Sampling, vocab_size: int):
-        self.ids, self.turn, self.sampling, self.vocab_size = np.array(ids), turn, sampling, vocab_size
+    def __init__(self, ids: np.ndarray, turn: int, sampling: Sampling, vocab_size: int):
+        self.ids, self.turn, self.sampling, self.vocab_size = ids, turn, sampling, vocab_size
         self.tokens: list[Tensor] = []
         self.logps: list[Tensor] = []
 
@@ -678,22 +639,10 @@ def cross_episode_returns(
     for episode in reversed(rewards):
         if credit == "official":
             returns.append(discounted(episode, gamma_step, later))
-            later = gamma_traj * returns[-1][0]
         else:
-            inside = discounted(episode, gamma_step)
-            returns.append([g + later for g in inside])
-            later = gamma_traj * (inside[0] + later)
+            returns.append([g + later for g in discounted(episode, gamma_step)])
+        later = gamma_traj * returns[-1][0]
     return returns[::-1]
-
-
-def credited_rewards(trial: Trial, reward: str = "env") -> list[list[float]]:
-    """The rewards that count, one list per episode: the environment's, or for "success" 10 for the win and no other."""
-    rewards = trial.rewards()
-    if reward == "success":
-        rewards = [[0.0] * len(episode) for episode in rewards]
-        if trial.won_in is not None:
-            rewards[-1][-1] = 10.0
-    return rewards
 
 
 def compute_returns(
@@ -710,16 +659,11 @@ def compute_returns(
     first win, a large gamma_traj can pay for putting the win off; this is the control.
     """
     for trial in trials:
-        returns = cross_episode_returns(credited_rewards(trial, reward), credit, gamma_step, gamma_traj)
-        position = defaultdict(int)
+        returns = cross_episode_returns(trial.rewards(reward), credit, gamma_step, gamma_traj)
+        played = chain.from_iterable(returns)
         for turn in trial.turns:
-            if turn.phase == "reflect":
-                turn.ret = returns[turn.episode + 1][0]
-            else:
-                turn.ret = returns[turn.episode][position[turn.episode]]
-                position[turn.episode] += 1
             turn.penalty = invalid_penalty * (not turn.is_valid)
-            turn.ret -= turn.penalty
+            turn.ret = (next(played) if turn.phase == "play" else returns[turn.episode + 1][0]) - turn.penalty
 
 
 def center(values: Sequence[float], norm: str = "mean") -> list[float]:
@@ -739,6 +683,14 @@ ESTIMATORS = ("reinforce", "rloo", "grpo", "gigpo", "ppo")
 NORM_OF = {"rloo": "leave_one_out", "grpo": "mean_std"}  # what these are; the others take `norm`
 
 
+def sets_by(key: Callable[[Turn], Any], turns: Iterable[Turn]) -> Iterable[list[Turn]]:
+    """The turns in sets of equal key."""
+    sets = defaultdict(list)
+    for turn in turns:
+        sets[key(turn)].append(turn)
+    return sets.values()
+
+
 def compute_advantages(
     groups: Iterable[Sequence[Trial]], estimator: str, norm: str = "mean", step_weight: float = 1.0
 ) -> None:
@@ -753,33 +705,24 @@ def compute_advantages(
                reflections. P: G minus its mean over rows with the same episode, phase and anchor.
     ppo:       see `ppo_advantages`.
     """
-    norm = NORM_OF.get(estimator, norm)
+    norm, is_gigpo = NORM_OF.get(estimator, norm), estimator == "gigpo"
     for group in groups:
-        rows = defaultdict(list)
-        for trial in group:
-            for turn in trial.turns:
-                rows[(turn.episode, turn.phase, turn.anchor if estimator == "gigpo" else "")].append(turn)
-        for turns in rows.values():
-            weight = step_weight if estimator == "gigpo" else 1.0
-            for turn, value in zip(turns, center([turn.ret for turn in turns], norm), strict=True):
-                turn.advantage = weight * value
-        if estimator == "gigpo":
-            for episode in range(max(trial.turns[-1].episode for trial in group) + 1):
-                played = [[t for t in trial.turns if t.episode == episode and t.phase == "play"] for trial in group]
-                played = [turns for turns in played if turns]
-                # G_0(n) as the environment paid it: an invalid first reply is penalised in P, on its own row
-                values = center([turns[0].ret + turns[0].penalty for turns in played], norm)
-                for turns, value in zip(played, values, strict=True):
-                    for turn in turns:
-                        turn.advantage += value
+        turns = [turn for trial in group for turn in trial.turns]
+        for same in sets_by(lambda turn: (turn.episode, turn.phase, turn.anchor if is_gigpo else ""), turns):
+            for turn, value in zip(same, center([turn.ret for turn in same], norm), strict=True):
+                turn.advantage = step_weight * value if is_gigpo else value
+        for episode in {turn.episode for turn in turns} if is_gigpo else ():
+            played = [[t for t in trial.turns if (t.episode, t.phase) == (episode, "play")] for trial in group]
+            played = [turns for turns in played if turns]
+            # G_0(n) as the environment paid it: an invalid first reply is penalised in P, on its own row
+            values = center([turns[0].ret + turns[0].penalty for turns in played], norm)
+            for turns, value in zip(played, values, strict=True):
+                for turn in turns:
+                    turn.advantage += value
 
 
 def official_advantages(
-    groups: Iterable[Sequence[Trial]],
-    estimator: str,
-    norm: str = "mean",
-    step_weight: float = 1.0,
-    reward: str = "env",
+    groups: Iterable[Sequence[Trial]], estimator: str, norm: str = "mean", step_weight: float = 1.0, reward: str = "env"
 ) -> None:
     """Set `advantage` of every turn as the official code does (facts/games.md 4): a group's rows in one pot.
 
@@ -789,15 +732,13 @@ def official_advantages(
     """
     norm = NORM_OF.get(estimator, norm)
     for group in groups:
-        turns, scores, anchors = [], [], defaultdict(list)
+        turns, scores = [turn for trial in group for turn in trial.turns], []
         for trial in group:
-            rewards = [sum(episode) for episode in credited_rewards(trial, reward)]
-            turns += trial.turns
+            rewards = [sum(episode) for episode in trial.rewards(reward)]
             scores += [rewards[t.episode] * (t.phase == "play") - t.penalty for t in trial.turns]
         for turn, value in zip(turns, center(scores, norm) if len(turns) > 1 else scores, strict=True):
             turn.advantage = value
-            anchors[turn.anchor].append(turn)
-        for same in anchors.values() if estimator == "gigpo" else ():
+        for same in sets_by(lambda turn: turn.anchor, turns) if estimator == "gigpo" else ():
             for turn, value in zip(same, center([t.ret + t.penalty for t in same], norm), strict=True):
                 turn.advantage += step_weight * value
 
@@ -833,22 +774,20 @@ def reply_logps(
     need_entropy_grad: bool = False,
     chunk: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities of all reply tokens of the turns in order, and the entropies they were drawn from: (T,), (T,).
-
-    Third come the hidden states of the prompts' last tokens, detached, for a value head: (B, h).
+    """Log-probabilities of all reply tokens of the turns in order (T,), the entropies they were drawn from (T,), and
+    for a value head the `prompt_states` (B, h).
 
     Sequences are padded on the right, so causal attention needs no mask. Only hidden states that predict reply tokens
     reach the output layer, in chunks that are recomputed in the backward pass: logits of the whole batch never exist.
     """
-    device = model.device
-    tokens = pad([turn.prompt_ids + turn.reply_ids for turn in turns]).to(device)  # (B, L)
+    tokens = pad([turn.prompt_ids + turn.reply_ids for turn in turns]).to(model.device)  # (B, L)
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     hidden = decoder(input_ids=tokens, use_cache=False).last_hidden_state  # (B, L, h)
-    rows = [row for row, turn in enumerate(turns) for _ in turn.reply_ids]
-    columns = [len(turn.prompt_ids) + i for turn in turns for i in range(len(turn.reply_ids))]
-    rows, columns = torch.tensor(rows, device=device), torch.tensor(columns, device=device)
     states = prompt_states(hidden, turns)  # (B, h)
-    hidden, targets = hidden[rows, columns - 1], tokens[rows, columns]  # (T, h), (T,)
+    rows = [row for row, turn in enumerate(turns) for _ in turn.reply_ids]
+    columns = [len(turn.prompt_ids) - 1 + i for turn in turns for i in range(len(turn.reply_ids))]
+    targets = torch.tensor([token for turn in turns for token in turn.reply_ids], device=model.device)  # (T,)
+    hidden = hidden[rows, columns]  # (T, h)
 
     def score(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         logps = (head(hidden)[:, :vocab_size].float() / temperature).log_softmax(-1)  # (C, V)
@@ -857,17 +796,14 @@ def reply_logps(
         return logps.gather(-1, targets[:, None])[:, 0], entropy
 
     chunk = chunk or max(1, 2**26 // vocab_size)  # 256 MB of fp32 logits at a time
-    pieces = [
-        checkpoint(score, h, t, use_reentrant=False)
-        for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True)
-    ]
-    return torch.cat([logps for logps, _ in pieces]), torch.cat([entropy for _, entropy in pieces]), states
+    chunks = zip(hidden.split(chunk), targets.split(chunk), strict=True)
+    logps, entropies = zip(*(checkpoint(score, *piece, use_reentrant=False) for piece in chunks), strict=True)
+    return torch.cat(logps), torch.cat(entropies), states
 
 
 def prompt_states(hidden: Tensor, turns: Sequence[Turn]) -> Tensor:
     """The hidden states of the prompts' last tokens in fp32, detached: (B, L, h) -> (B, h)."""
-    ends = torch.tensor([len(turn.prompt_ids) - 1 for turn in turns], device=hidden.device)
-    return hidden[torch.arange(len(turns), device=hidden.device), ends].detach().float()
+    return hidden[range(len(turns)), [len(turn.prompt_ids) - 1 for turn in turns]].detach().float()
 
 
 @torch.no_grad()
@@ -915,15 +851,14 @@ def kl_estimate(logps: Tensor, reference: Tensor, kind: str = "k3") -> Tensor:
     return {"k1": d, "k2": d * d / 2, "k3": (torch.expm1(-d) + d).clamp(-10, 10)}[kind]
 
 
-def micro_batches(turns: Sequence[Turn], max_tokens: int) -> list[list[Turn]]:
-    """Turns sorted by length and cut so that each padded rectangle holds at most max_tokens (or one turn)."""
-    batches: list[list[Turn]] = []
-    for turn in sorted(turns, key=lambda turn: len(turn.prompt_ids) + len(turn.reply_ids)):
-        length = len(turn.prompt_ids) + len(turn.reply_ids)  # the longest so far, since sorted
-        if not batches or (len(batches[-1]) + 1) * length > max_tokens:
-            batches.append([])
-        batches[-1].append(turn)
-    return batches
+def micro_batches(turns: Iterable[Turn], max_tokens: int) -> list[list[Turn]]:
+    """Turns in batches of at most max_tokens, padding included."""
+    return fill_batches(turns, max_tokens, lambda turn: len(turn.prompt_ids) + len(turn.reply_ids))
+
+
+def count_tokens(turns: Iterable[Turn]) -> int:
+    """Reply tokens, the ones that are trained."""
+    return sum(len(turn.reply_ids) for turn in turns)
 
 
 def all_reduce_sum(values: Sequence[float], device: torch.device) -> list[float]:
@@ -952,29 +887,27 @@ class Optimizer:
         value_lr: float = 1e-3,
         **adamw: Any,
     ):
-        """Takes an fp32 model and turns its weights into `dtype`; a value head stays in fp32.
-
-        `adamw` are options of torch.optim.AdamW.
-        """
+        """Takes an fp32 model and turns its weights into `dtype`; a value head stays in fp32. `adamw`: its options."""
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.policy = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        values = {f"value_head.{name}": p for name, p in value_head.named_parameters()} if value_head else {}
-        self.weights = self.policy | values
+        head = {f"value_head.{name}": p for name, p in value_head.named_parameters()} if value_head else {}
+        self.weights = self.policy | head
         self.owner, load = {}, [0] * self.world  # the largest weights first, each to the process that has least
         for name, weight in sorted(self.weights.items(), key=lambda item: -item[1].numel()):
             self.owner[name] = load.index(min(load))
             load[self.owner[name]] += weight.numel()
-        own = {name: weight for name, weight in self.weights.items() if self.owner[name] == self.rank}
-        keep = dtype == torch.float32
-        self.masters = {n: p if keep or n in values else p.detach().clone() for n, p in own.items()}
+        self.masters: dict[str, Tensor] = {}  # of the weights this process owns
         self.grads: dict[str, Tensor] = {}  # fp32, of the optimizer step in progress
         for name, weight in self.weights.items():
+            if self.owner[name] == self.rank:
+                is_master = dtype == torch.float32 or name in head
+                self.masters[name] = weight if is_master else weight.detach().clone()
             if name in self.policy:  # not model.to(dtype): rotary frequencies must stay fp32
                 weight.data = weight.data.to(dtype)
             weight.register_post_accumulate_grad_hook(partial(self.accumulate, name))
         groups = [
-            {"params": [p for n, p in self.masters.items() if n not in values]},
-            {"params": [p for n, p in self.masters.items() if n in values], "lr": value_lr, "weight_decay": 0.0},
+            {"params": [p for name, p in self.masters.items() if name in self.policy]},
+            {"params": [p for name, p in self.masters.items() if name in head], "lr": value_lr, "weight_decay": 0.0},
         ]
         # fused: the default on a GPU makes temporary copies as large as a moment
         defaults = dict(weight_decay=0.0, fused=model.device.type == "cuda")
@@ -1075,29 +1008,28 @@ def update(
     learns by half the squared error to advantage + value, meaned over turns.
     """
     device = model.device
-    turns = [(turn, i, number) for trial, i in zip(trials, ids, strict=True) for number, turn in enumerate(trial.turns)]
-    num_turns, num_tokens = all_reduce_sum([len(turns), sum(len(turn.reply_ids) for turn, _, _ in turns)], device)
-    num_minibatches = max(1, round(num_turns / minibatch))
-    draw = uniforms(sampling.seed, sampling.step, *np.array([key for _, *key in turns]).T, 1 << 40)
-    minibatches: list[list[Turn]] = [[] for _ in range(num_minibatches)]
-    for (turn, _, _), u in zip(turns, draw, strict=True):
-        minibatches[int(u * num_minibatches)].append(turn)
+    turns = [turn for trial in trials for turn in trial.turns]
+    keys = [(i, number) for trial, i in zip(trials, ids, strict=True) for number in range(len(trial.turns))]
+    num_turns, num_tokens = all_reduce_sum([len(turns), count_tokens(turns)], device)
+    minibatches: list[list[Turn]] = [[] for _ in range(max(1, round(num_turns / minibatch)))]
+    for turn, u in zip(turns, uniforms(sampling.seed, sampling.step, *np.array(keys).T, 1 << 40), strict=True):
+        minibatches[int(u * len(minibatches))].append(turn)
 
     model.train()
-    old_logps = {id(turn): torch.tensor(turn.logps, device=device) for turn, _, _ in turns}
+    old_logps = {id(turn): torch.tensor(turn.logps, device=device) for turn in turns}
     gap = 0.0
     if model.dtype != torch.float32:  # a bf16 decoder and a bf16 trainer differ: measure the ratio against the trainer
         with torch.no_grad():
-            for batch in micro_batches([turn for turn, _, _ in turns], microbatch_tokens):
+            for batch in micro_batches(turns, microbatch_tokens):
                 logps, _, _ = reply_logps(model, batch, sampling.temperature, vocab_size)
                 for turn, new in zip(batch, logps.split([len(turn.reply_ids) for turn in batch]), strict=True):
                     gap += (new - old_logps[id(turn)]).abs().sum().item()
                     old_logps[id(turn)] = new
 
-    sums = torch.zeros(6, dtype=torch.float64, device=device)  # loss, entropy, clipped tokens, kl, kl_start, value
-    norms = []
+    names = ("loss", "entropy", "clip_fraction", "kl", "kl_start", "value_loss")
+    sums, norms = torch.zeros(len(names), dtype=torch.float64, device=device), []
     for rows in minibatches:
-        count, num_rows = all_reduce_sum([sum(len(turn.reply_ids) for turn in rows), len(rows)], device)
+        count, num_rows = all_reduce_sum([count_tokens(rows), len(rows)], device)
         if count == 0:
             continue
         for batch in micro_batches(rows, microbatch_tokens):
@@ -1123,17 +1055,6 @@ def update(
         norms.append(optimizer.step(grad_clip))
     model.eval()
     sums[-1] *= num_tokens / num_turns  # all others are means over tokens
-    loss, entropy, clipped, kl_step, kl_start, value_loss, gap = (
-        x / num_tokens for x in all_reduce_sum([*sums.tolist(), gap], device)
-    )
-    return {
-        "loss": loss,
-        "entropy": entropy,
-        "clip_fraction": clipped,
-        "kl": kl_step,
-        "kl_start": kl_start,
-        "value_loss": value_loss,
-        "sampler_gap": gap,
-        "grad_norm": sum(norms) / len(norms),
-        "updates": len(norms),
-    }
+    means = [total / num_tokens for total in all_reduce_sum([*sums.tolist(), gap], device)]
+    stats = dict(zip([*names, "sampler_gap"], means, strict=True))
+    return stats | {"grad_norm": sum(norms) / len(norms), "updates": len(norms)}

@@ -237,7 +237,7 @@ class RecordedTrial(Trial):
             self.turns.append(turn)
         self.recorded = [[row["episode_reward"]] for row in rows]
 
-    def rewards(self):
+    def rewards(self, kind):
         return self.recorded
 
 
