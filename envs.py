@@ -55,6 +55,8 @@ class Env:
     turn_limit = 10  # model calls per episode
     is_markov = False  # True: the last observation tells the whole state, so compact prompts leave out the history
     action_format = "one action inside <action> </action>"  # what the prompt asks for
+    history_length = 7  # turns of an episode that play prompts show (official scripts)
+    history_observations = 2  # the last of these with the whole observation, the others as `shorten` has it
     plans_from_start = False  # True: compact reflection prompts show the first observation, too
     warm_skill = 0.5  # skill of the scripted player that the built-in tiny policy is warm-started on
     warm_share = 1.0  # share of the turns after an episode's first that it is warm-started on
@@ -79,6 +81,14 @@ class Env:
     def actions(self) -> list[str]:
         """The admissible actions, where the prompt should list them; empty where the rules already say them."""
         return []
+
+    def shorten(self, observation: str) -> str:
+        """How histories show an observation that is not among their last."""
+        return "..."
+
+    def gist(self, initial: str) -> str:
+        """What compact prompts show of the first observation."""
+        return initial
 
     def anchor(self) -> str | None:
         """Key of the present state for GiGPO's step groups; None takes the observation the turn was played from."""

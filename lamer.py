@@ -139,14 +139,13 @@ def run_trial(
     """
     trial = Trial(seed, episodes)
 
-    def fit(write: Callable[[int, int], str]) -> list[int]:
+    def fit(write: Callable[[int, int], str], length: int) -> list[int]:
         """Encode a prompt; over the limit, first the oldest history goes, then the oldest memory, then the middle."""
-        cuts = [(keep, 0) for keep in range(HISTORY_LENGTH, 0, -1)] + [(1, n + 1) for n in range(len(trial.past))]
-        for keep, forget in cuts:
+        for keep, forget in [(n, 0) for n in range(length, 0, -1)] + [(1, n + 1) for n in range(len(trial.past))]:
             ids = chat.encode(write(keep, forget))
             if len(ids) <= max_prompt:
                 return ids
-            trial.num_shortened += keep == HISTORY_LENGTH
+            trial.num_shortened += keep == length
         half = max_prompt // 2
         return ids[:half] + ids[half - max_prompt :]
 
@@ -156,7 +155,7 @@ def run_trial(
         seen = trial.past if borrowed is None else borrowed[:episode]
         while not done:
             before, anchor = observation, env.anchor()
-            ids = fit(partial(play_prompt, env, style, memory, initial, seen, episode, records))
+            ids = fit(partial(play_prompt, env, style, memory, initial, seen, episode, records), env.history_length)
             reply = yield Prompt("play", ids)
             action, is_valid = env.parse(reply.text)
             observation, reward, terminated, truncated, info = env.step(action)
@@ -171,7 +170,7 @@ def run_trial(
             return trial
         reflection = ""
         if memory in ("reflection", "both"):
-            ids = fit(partial(reflection_prompt, env, style, initial, episode, records))
+            ids = fit(partial(reflection_prompt, env, style, initial, episode, records), len(records))
             reply = yield Prompt("reflect", ids)
             reflection, is_valid = parse_reflection(reply.text)
             trial.turns.append(Turn(episode, "reflect", ids, *reply, observation, 0.0, is_valid, "reflection"))
@@ -186,17 +185,16 @@ def parse_reflection(reply: str) -> tuple[str, bool]:
 
 # ----------------------------------------------------------------------------------------- the prompts
 
-HISTORY_LENGTH = 7  # records of an episode that a prompt shows (official scripts)
 
-
-def format_history(records: Records, num_observations: int, length: int = HISTORY_LENGTH) -> str:
-    """The last `length` records, the last `num_observations` of them with observation.
+def format_history(env: Env, records: Records, num_observations: int, length: int) -> str:
+    """The last `length` records, the last `num_observations` of them with the whole observation.
 
     [("(2, 3)", "? 1", False)] -> "Action 1: (2, 3)\\nObservation 1:\\n? 1"
     """
     lines = []
     for i, (action, observation, done) in [*enumerate(records)][-length:]:
-        shown = f"\n{observation}" if i >= len(records) - num_observations else " ..."
+        is_last = i >= len(records) - num_observations
+        shown = f"\n{observation}" if is_last else f" {env.shorten(observation)}"
         lines.append(f"Action {i + 1}: {action}\nObservation {i + 1}:{shown}")
         if done:
             break
@@ -211,18 +209,20 @@ def play_prompt(
     past: Sequence[Episode],
     episode: int,
     records: Records,
-    length: int = HISTORY_LENGTH,
+    length: int = 7,
     forget: int = 0,
 ) -> str:
     """The prompt of one play turn: what is fixed first, what changes last, since the sampler re-uses common prefixes.
 
     "full" asks for reasoning before the action, "direct" for the action alone. "compact" has the same sections in the
     same order for the tiny policy, in a form a small model can learn within minutes: a reflection that redraws a board
-    stands at a constant distance from the present board. `forget` leaves out the oldest episodes.
+    stands at a constant distance from the present board. `length` records are shown of an episode; `forget` leaves out
+    the oldest episodes.
     """
     is_compact, blocks = style == "compact", []
+    history_of = partial(format_history, env, num_observations=env.history_observations, length=length)
     for number, old in enumerate(past[forget:] if memory != "none" else [], start=forget + 1):
-        history = format_history(old.records, 2, length) if memory in ("history", "both") else ""
+        history = history_of(old.records) if memory in ("history", "both") else ""
         note = old.reflection if memory in ("reflection", "both") else ""
         if is_compact:
             blocks += ["memory", history, note]
@@ -231,11 +231,10 @@ def play_prompt(
             blocks += [history and f"What happened in it:\n{history}"]
             blocks += [note and f"What you noted for the next episodes:\n{note}"]
     options = ["You can choose from: " + ", ".join(admissible)] if (admissible := env.actions()) else []
-    so_far = format_history(records, 2, length)
     if is_compact:
-        now = records[-1][1] if records else initial
-        now = now if env.is_markov or not records else f"{initial}\n{so_far}"
-        return join("\n", env.rules("compact"), *blocks, "now", now, *options, "act")
+        now = compact_state(env, initial, records, length)
+        return join("\n", env.rules("compact"), *blocks, "now", *now, *options, "act")
+    so_far = history_of(records)
     blocks += [f"This is episode {episode + 1}, again from the start."] * bool(blocks)
     blocks += [so_far and f"What you did so far in this episode:\n{so_far}"]
     ask = f"{'Give only' if style == 'direct' else 'Think step by step, then give'} {env.action_format}."
@@ -243,21 +242,29 @@ def play_prompt(
 
 
 def reflection_prompt(
-    env: Env, style: str, initial: str, episode: int, records: Records, length: int = HISTORY_LENGTH, forget: int = 0
+    env: Env, style: str, initial: str, episode: int, records: Records, length: int = 7, forget: int = 0
 ) -> str:
     """The prompt for a reflection on the episode just failed. Earlier ones are not shown, `forget` is idle."""
     if style == "compact":
-        last = records[-1][1] if env.is_markov else f"{initial}\n{format_history(records, 2, length)}"
-        return join("\n", env.rules("compact"), initial if env.plans_from_start else "", "now", last, "reflect")
+        now = compact_state(env, initial, records, length)
+        return join("\n", env.rules("compact"), initial if env.plans_from_start else "", "now", *now, "reflect")
     return join(
         "\n\n",
         env.rules("full"),
         f"The task at the start:\n{initial}",
         f"Below is episode {episode + 1} of your attempts at this task. It did not solve it.",
-        format_history(records, HISTORY_LENGTH, length),
+        format_history(env, records, length, length),
         "Study it: what went wrong, and what did you find out? Then write what the next episode, from the same start, "
         + "should know and do, briefly, inside <remark> </remark>.",
     )
+
+
+def compact_state(env: Env, initial: str, records: Records, length: int) -> list[str]:
+    """What compact prompts tell of an episode: the last observation, and what else it takes to know the state."""
+    if not records:
+        return [env.gist(initial)]
+    before = [] if env.is_markov else [env.gist(initial), *(action for action, _, _ in records[-length:])]
+    return [*before, records[-1][1]]
 
 
 def join(separator: str, *sections: str) -> str:

@@ -178,9 +178,9 @@ def test_golden_parsing():
             assert is_valid == bool(expected["valid"]), case["reply"]
     for case in cases.get("histories", []):
         records = [(str(r["action"]), r["text_obs"], r["dones"]) for r in case["records"]]
-        assert lamer.format_history(records, 2) == case["play"]
-        assert lamer.format_history(records, 7) == case["reflect"]
-        assert lamer.format_history(records, 2) == case["past_attempt"]
+        assert lamer.format_history(Env(), records, 2, 7) == case["play"]
+        assert lamer.format_history(Env(), records, 7, 7) == case["reflect"]
+        assert lamer.format_history(Env(), records, 2, 7) == case["past_attempt"]
 
 
 def test_golden_maths():

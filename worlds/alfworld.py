@@ -697,6 +697,7 @@ class AlfWorld(Env):
     """
 
     name = "alfworld"
+    history_length = history_observations = 15
     warm_skill = 0.0
     action_format = "exactly one of the listed actions inside <action> </action>"
 
@@ -790,6 +791,10 @@ class AlfWorld(Env):
 
     def actions(self) -> list[str]:
         return sorted(command for command in self.options if command != "help")
+
+    def gist(self, initial: str) -> str:
+        """The task alone: where one can go stands among the actions."""
+        return initial.rpartition("\n")[2]
 
     def anchor(self) -> str:
         """What differs from the start: equal in equal states of the same game."""

@@ -692,6 +692,7 @@ class WebShop(Env):
     """
 
     name = "webshop"
+    history_length, history_observations = 5, 1
     warm_skill = 0.0
     action_format = "the action that serves the task best inside <action> </action>"
 
