@@ -437,7 +437,8 @@ class Slot:
     def __init__(self, waiting: Iterator[tuple[int, Generator]], finished: list[Trial | None]):
         self.held: list[int] = []  # token ids whose keys and values the row holds
         self.talk = self.play(waiting, finished)
-        self.take(next(self.talk))
+        if prompt := next(self.talk, None):
+            self.take(prompt)
 
     def play(self, waiting: Iterator[tuple[int, Generator]], finished: list[Trial | None]) -> Generator:
         """Play trials as long as some wait; `waiting` is shared with the other slots."""
@@ -479,6 +480,21 @@ class SlotSampler:
             raise UnsupportedModelError("the slot sampler's mask needs eager or sdpa attention")
         self.model, self.chat, self.num_slots, self.max_reply = model, chat, slots, max_reply
         self.cache = SlotCache(shape.num_hidden_layers, slots, max_prompt + max_reply, model.device)
+        self.check()
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """Raise where the model does not take cache, mask or positions as given: compare with a plain pass."""
+        row, ids = Slot(iter(()), []), [*range(1, 7)]
+        plain = self.model(torch.tensor([ids], device=self.model.device), use_cache=False).logits[0, -1]  # (V)
+        try:
+            self.forward([row], [0], [ids[:4]])
+            [ours] = self.forward([row], [0], [ids[4:]])  # (V)
+        except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
+            raise UnsupportedModelError(f"this model cannot use the slot sampler's cache ({error})") from error
+        plain = plain[: len(ours)]
+        if (ours - plain).abs().max() > 0.05 * plain.abs().max():  # far above what bf16 rounds away
+            raise UnsupportedModelError("this model reads a cache in a way of its own")
 
     @torch.no_grad()
     def run(self, trials: Sequence[Generator], ids: Sequence[int], sampling: Sampling) -> list[Trial]:
@@ -1064,4 +1080,5 @@ def update(
     sums[-1] *= num_tokens / num_turns  # all others are means over tokens
     means = [total / num_tokens for total in all_reduce_sum([*sums.tolist(), gap], device)]
     stats = dict(zip([*names, "sampler_gap"], means, strict=True))
-    return stats | {"grad_norm": sum(norms) / len(norms), "updates": len(norms)}
+    done = [norm for norm in norms if math.isfinite(norm)]
+    return stats | {"grad_norm": sum(done) / max(1, len(done)), "updates": len(done), "skipped": len(norms) - len(done)}

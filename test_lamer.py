@@ -25,7 +25,15 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BloomConfig,
+    BloomForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 import eval as evaluation
 import lamer
@@ -658,6 +666,13 @@ def test_layers_without_full_attention_are_refused(policy):
             lamer.SlotSampler(model, chat, 4, 64, 16)
     finally:
         model.config.layer_types[0] = "full_attention"
+
+
+def test_a_model_that_reads_a_cache_in_its_own_way_is_refused(policy):
+    _, _, chat = policy
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=chat.vocab_size, hidden_size=32, n_layer=1, n_head=4)).eval()
+    with pytest.raises(lamer.UnsupportedModelError, match="cannot use the slot sampler's cache"):
+        lamer.SlotSampler(bloom, chat, 4, 64, 16)
 
 
 @pytest.mark.parametrize(
