@@ -121,14 +121,11 @@ def result(config: Config, trials: Sequence[Trial]) -> dict[str, Any]:
     first = Counter(str(env.parse(trial.turns[0].reply)[0]) for trial in trials)
     scores = [trial.info["task_score"] for trial in trials if "task_score" in trial.info]  # WebShop
     types = sorted({trial.info["task_type"] for trial in trials if "task_type" in trial.info})  # ALFWorld
-    by_type = {kind: [trial for trial in trials if trial.info["task_type"] == kind] for kind in types}
     extra = {"task_score": sum(scores) / len(scores)} if scores else {}
-    if types:
-        after = range(1, config.episodes + 1)
-        extra["success_by_type"] = {
-            kind: [sum(trial.success_after(k) for trial in same) / len(same) for k in after]
-            for kind, same in by_type.items()
-        }
+    for kind in types:
+        same = [trial for trial in trials if trial.info["task_type"] == kind]
+        shares = [sum(trial.success_after(k + 1) for trial in same) / len(same) for k in range(config.episodes)]
+        extra.setdefault("success_by_type", {})[kind] = shares
     return {
         **train.summarize(trials, config.episodes),
         "ci95": [wilson(successes, len(trials)) for successes in won],

@@ -146,16 +146,8 @@ class Config:
 
 
 # What may change when a run is resumed: nothing that changes the numbers, but for how long it goes on.
-RESUME_OPTIONS = (
-    "steps",
-    "eval_every",
-    "save_every",
-    "keep",
-    "device",
-    "slots",
-    "microbatch_tokens",
-    "grad_checkpoint",
-)
+RESUME_OPTIONS = ("steps", "eval_every", "save_every", "keep", "device", "slots")
+RESUME_OPTIONS += ("microbatch_tokens", "grad_checkpoint")
 UPDATE_OPTIONS = ("clip", "clip_high", "dual_clip", "entropy_bonus", "kl_coef", "kl", "grad_clip")
 UPDATE_OPTIONS += ("minibatch", "microbatch_tokens")
 ENV_OPTIONS = ("size", "mines", "turns", "boxes", "min_solution", "max_solution", "codes", "data", "products")
@@ -164,51 +156,21 @@ PRESETS = {
     "paper": dict(credit="paper", dual_clip=0.0, entropy_bonus=0.0, weight_decay=0.0),
     "official": dict(credit="official", dual_clip=3.0, entropy_bonus=0.001, weight_decay=0.01),
 }
-CHOICES = {
-    "preset": tuple(PRESETS),
-    "reward": ("env", "success"),
-    "kl": lamer.KL_ESTIMATES,
-    "memory": lamer.MEMORIES,
-    "style": ("full", "direct", "compact"),
-    "credit": ("paper", "official"),
-    "estimator": lamer.ESTIMATORS,
-    "norm": ("mean", "mean_std"),
-    "sampler": ("slots", "generate"),
-    "dtype": ("float32", "bfloat16"),
-}
+CHOICES = {"preset": tuple(PRESETS), "reward": ("env", "success"), "kl": lamer.KL_ESTIMATES}
+CHOICES |= {"memory": lamer.MEMORIES, "style": ("full", "direct", "compact"), "credit": ("paper", "official")}
+CHOICES |= {"estimator": lamer.ESTIMATORS, "norm": ("mean", "mean_std")}
+CHOICES |= {"sampler": ("slots", "generate"), "dtype": ("float32", "bfloat16")}
 # Later tables win. A real model trains on the paper's settings; the tiny one's were found by trying (README).
-DEFAULTS = dict(
-    steps=300,
-    num_tasks=16,
-    episodes=3,
-    gamma_traj=0.6,
-    style="full",
-    lr=1e-6,
-    minibatch=64,
-    grad_checkpoint=True,
-    beta2=0.999,
-    max_prompt=2048,
-    max_reply=1024,
-)
+DEFAULTS = dict(steps=300, num_tasks=16, episodes=3, gamma_traj=0.6, style="full", max_prompt=2048, max_reply=1024)
+DEFAULTS |= dict(lr=1e-6, minibatch=64, grad_checkpoint=True, beta2=0.999)
 ENV_DEFAULTS = {
     "lockbox": dict(episodes=2),
     "sokoban": dict(gamma_traj=0.9),
     "webshop": dict(steps=150, num_tasks=8, max_prompt=8192),
     "alfworld": dict(steps=150, num_tasks=8, max_prompt=4096),
 }
-TINY_DEFAULTS = dict(
-    steps=100,
-    style="compact",
-    lr=3e-4,
-    minibatch=256,
-    grad_checkpoint=False,
-    max_prompt=192,
-    max_reply=64,
-    tiny_hidden=128,
-    tiny_layers=4,
-    warm_steps=600,
-    warm_batch=64,
-)
+TINY_DEFAULTS = dict(steps=100, style="compact", lr=3e-4, minibatch=256, grad_checkpoint=False)
+TINY_DEFAULTS |= dict(max_prompt=192, max_reply=64, tiny_hidden=128, tiny_layers=4, warm_steps=600, warm_batch=64)
 TINY_ENV_DEFAULTS = {
     "lockbox": dict(
         steps=90, lr=5e-4, beta2=0.95, minibatch=64, max_prompt=48, max_reply=16, tiny_hidden=64, tiny_layers=2
@@ -231,12 +193,10 @@ def resolve(config: Config) -> Config:
     is_small = config.model == "tiny" or saved.get("style") == "compact"
     tables = [DEFAULTS, ENV_DEFAULTS.get(config.env, {})]
     tables += [TINY_DEFAULTS, TINY_ENV_DEFAULTS.get(config.env, {})] if is_small else []
+    tables += [PRESETS.get(config.preset, {})]
     for name, value in {k: v for table in tables for k, v in table.items()}.items():
         is_genuine = config.data is not None and name in ("receptacles", "objects")  # sizes of generated rooms only
         if getattr(config, name) is None and not is_genuine:
-            setattr(config, name, value)
-    for name, value in PRESETS.get(config.preset, {}).items():
-        if getattr(config, name) is None:
             setattr(config, name, value)
     if config.episodes == 1:
         config.memory = "none"
@@ -619,16 +579,14 @@ def make_sampler(
 
 
 def rollout(
-    config: Config, sampler: Any, seeds: Sequence[int], ids: Sequence[int], sampling: Sampling, **options: Any
+    config: Config, sampler: Any, seeds: Sequence[int], ids: Sequence[int], sampling: Sampling, borrowed: Any = None
 ) -> list[Trial]:
-    """Play one trial for each seed; `ids` number them for the random draws. Options override those of run_trial."""
-    play = (
-        dict(episodes=config.episodes, memory=config.memory, style=config.style, max_prompt=config.max_prompt) | options
-    )
-    borrowed = play.pop("borrowed", [None] * len(seeds))
+    """Play one trial for each seed; `ids` number them for the random draws, `borrowed` are memories of other trials."""
+    play = {name: getattr(config, name) for name in ("episodes", "memory", "style", "max_prompt")}
+    notes = borrowed or [None] * len(seeds)
     trials = [
-        lamer.run_trial(env_of(config), seed, chat=sampler.chat, borrowed=notes, **play)
-        for seed, notes in zip(seeds, borrowed, strict=True)
+        lamer.run_trial(env_of(config), seed, chat=sampler.chat, borrowed=past, **play)
+        for seed, past in zip(seeds, notes, strict=True)
     ]
     return sampler.run(trials, ids, sampling)
 
@@ -645,15 +603,11 @@ EVAL_SEED = 2**31  # evaluation tasks have seeds from here on, training tasks be
 def summarize(trials: Sequence[Trial], episodes: int, device: str = "cpu") -> dict[str, Any]:
     """Over the trials of all processes: success after 1..N episodes, return G_0(0), share of valid replies, counts."""
     turns = [turn for trial in trials for turn in trial.turns]
-    won = [sum(trial.success_after(k + 1) for trial in trials) for k in range(episodes)]
-    sums = [
-        len(trials),
-        sum(trial.turns[0].ret + trial.turns[0].penalty for trial in trials),
-        sum(turn.is_valid for turn in turns),
-        len(turns),
-    ]
+    sums = [len(trials), sum(trial.turns[0].ret + trial.turns[0].penalty for trial in trials)]
+    sums += [sum(turn.is_valid for turn in turns), len(turns)]
     sums += [sum(len(turn.reply_ids) for turn in turns), sum(trial.num_shortened for trial in trials)]
-    num_trials, returns, valid, num_turns, num_tokens, num_shortened, *won = all_reduce_sum([*sums, *won], device)
+    sums += [sum(trial.success_after(k + 1) for trial in trials) for k in range(episodes)]
+    num_trials, returns, valid, num_turns, num_tokens, num_shortened, *won = all_reduce_sum(sums, device)
     means = {"success": [w / num_trials for w in won], "return": returns / num_trials, "valid": valid / num_turns}
     return means | {"turns": int(num_turns), "reply_tokens": int(num_tokens), "shortened": int(num_shortened)}
 
@@ -667,12 +621,12 @@ def eval_sampling(config: Config, **given: Any) -> Sampling:
 
 def evaluate(config: Config, run: Run, step: int) -> tuple[dict[str, Any], list[Trial]]:
     """Success on fixed tasks, spread over the processes. An RL policy (episodes 1) gets three independent attempts."""
-    episodes = config.episodes if config.episodes > 1 else 3
+    config = replace(config, episodes=config.episodes if config.episodes > 1 else 3)
     ids = list(range(config.eval_tasks))[run.rank :: run.world]
     sampling = eval_sampling(config, seed=config.seed, step=2**32 + step)
-    trials = rollout(config, run.sampler, [EVAL_SEED + i for i in ids], ids, sampling, episodes=episodes)
+    trials = rollout(config, run.sampler, [EVAL_SEED + i for i in ids], ids, sampling)
     compute_returns(config, trials)
-    return {"step": step, **summarize(trials, episodes, config.device)}, trials
+    return {"step": step, **summarize(trials, config.episodes, config.device)}, trials
 
 
 # --------------------------------------------------------------------------------------------- the run
@@ -769,8 +723,7 @@ def train_step(config: Config, run: Run, ids: Sequence[int], step: int) -> dict[
         lamer.compute_values(run.model, run.value_head, trials, config.microbatch_tokens)
         lamer.ppo_advantages(trials, config.gamma_step, config.gamma_traj, config.gae_lambda)
     elif config.preset == "official":
-        options = config.estimator, config.norm, config.step_weight, config.reward
-        lamer.official_advantages(groups, *options)
+        lamer.official_advantages(groups, config.estimator, config.norm, config.step_weight, config.reward)
     else:
         lamer.compute_advantages(groups, config.estimator, config.norm, config.step_weight)
     clock.append(time.perf_counter())
