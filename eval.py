@@ -123,7 +123,7 @@ def result(config: Config, trials: Sequence[Trial]) -> dict[str, Any]:
     types = sorted({trial.info["task_type"] for trial in trials if "task_type" in trial.info})  # ALFWorld
     extra = {"task_score": sum(scores) / len(scores)} if scores else {}
     for kind in types:
-        same = [trial for trial in trials if trial.info["task_type"] == kind]
+        same = [trial for trial in trials if trial.info.get("task_type") == kind]
         shares = [sum(trial.success_after(k + 1) for trial in same) / len(same) for k in range(config.episodes)]
         extra.setdefault("success_by_type", {})[kind] = shares
     return {
@@ -175,6 +175,8 @@ def prepare(argv: Sequence[str]) -> tuple[EvalConfig, Config, str]:
         changes["memory"] = saved.get("memory", "reflection")
         if changes["memory"] == "none":
             raise ValueError("--memory swapped: this policy was trained without memory, so there is none to swap")
+        if given.episodes == 1:
+            raise ValueError("--memory swapped needs at least 2 --episodes")
     config = train.resolve(Config(**{**saved, **changes}))
     if given.prompting:
         if config.style == "compact":

@@ -373,8 +373,11 @@ def warm_policy(config: Config) -> Path:
     except NotImplementedError as error:
         raise ValueError(f"{error}, which the tiny policy's warm start needs; give another --model") from error
     options = {k: v for k, v in asdict(config).items() if k == "seed" or k.startswith(("tiny_", "warm_"))}
-    code = [inspect.getsource(function) for function in (warm_policy, imitate, make_tokenizer, tiny_shape)]
-    key = hashlib.sha256(json.dumps([code, PIECES.pattern, recorder.texts, play, options]).encode()).hexdigest()[:12]
+    code = [
+        inspect.getsource(function) for function in (warm_policy, warm_up_and_down, imitate, make_tokenizer, tiny_shape)
+    ]
+    recipe = [code, PIECES.pattern, recorder.texts, env.warm_share, play, options]
+    key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]
     folder = Path(os.environ.get("LAMER_CACHE", "~/.cache/lamer")).expanduser() / f"tiny-{env.name}-{key}"
     if folder.is_dir():
         return folder
@@ -755,6 +758,7 @@ def main(argv: Sequence[str]) -> None:
     def log(name: str, row: dict[str, Any]) -> None:
         if is_first:
             with open(out / name, "a") as file:
+                row = json.loads(json.dumps(row), parse_constant=lambda _: None)  # JSON has no NaN
                 file.write(json.dumps(row) + "\n")
 
     def evaluate_and_log(step: int) -> None:
