@@ -7,7 +7,9 @@ Recorded cases of the original code are read from $LAMER_GOLDEN (default ../shar
 name, or fails with LAMER_REQUIRE_GOLDEN=1.
 """
 
+import copy
 import json
+import math
 import os
 import random
 import re
@@ -887,6 +889,15 @@ def test_update_is_the_gradient_of_the_clipped_loss(policy, batch):
     assert stats["grad_norm"] == pytest.approx(norm, rel=1e-4)
     assert stats["loss"] == pytest.approx((total / count).item(), abs=1e-6)
     assert stats["kl"] == pytest.approx(0, abs=1e-6) and stats["clip_fraction"] == 0
+
+
+def test_a_broken_step_does_not_reach_the_weights(policy, batch):
+    before = dict(train.load_policy(str(train.warm_policy(policy[0])), "float32", "cpu")[0].named_parameters())
+    batch = copy.deepcopy(batch)
+    batch[0].turns[0].advantage = math.inf
+    after, stats, _ = updated_weights(policy, batch, minibatch=10**6)
+    assert (stats["updates"], stats["skipped"], stats["grad_norm"]) == (0, 1, 0.0)
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
 
 
 def test_the_update_makes_good_replies_likelier(policy, batch):
