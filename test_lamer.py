@@ -518,6 +518,19 @@ class Letters:
         return [ord(letter) for letter in text]
 
 
+def test_prompts_show_as_much_history_as_the_environment_says():
+    env = Counter(goal=9, words=0)
+    env.history_length, env.history_observations = 2, 1
+    env.shorten, env.gist = lambda text: f"({text.strip()})", lambda text: text.upper()
+    replies = [f"<action>{n}</action>" for n in range(5)] + ["<remark></remark>"]
+    full, _ = talk(lamer.run_trial(env, 7, 2, Letters()), *replies)
+    assert "Action 3: 2\nObservation 3: (3)\nAction 4: 3\nObservation 4:\n4 \n" in full[4][1]
+    assert "Action 2" not in full[4][1] and "Action 1" in full[5][1]  # the reflection sees the whole episode
+    compact, _ = talk(lamer.run_trial(env, 7, 2, Letters(), style="compact"), *replies)
+    assert compact[0][1] == "now\nSTART 7\nact" and compact[4][1] == "now\nSTART 7\n2\n3\n4 \nact"
+    assert compact[5] == ("reflect", "now\nSTART 7\n0\n1\n2\n3\n4\n5 \nreflect")
+
+
 def test_a_trial_ends_at_the_first_success():
     count, fail = "<action>1</action>", "<action>no"
     replies = [count, fail, count, fail, fail, "<remark> count! </remark>", *[count] * 3]
@@ -670,11 +683,15 @@ def test_layers_without_full_attention_are_refused(policy):
         model.config.layer_types[0] = "full_attention"
 
 
-def test_a_model_that_reads_a_cache_in_its_own_way_is_refused(policy):
-    _, _, chat = policy
+def test_a_model_that_reads_a_cache_in_its_own_way_is_refused(policy, monkeypatch):
+    _, model, chat = policy
     bloom = BloomForCausalLM(BloomConfig(vocab_size=chat.vocab_size, hidden_size=32, n_layer=1, n_head=4)).eval()
     with pytest.raises(lamer.UnsupportedModelError, match="cannot use the slot sampler's cache"):
         lamer.SlotSampler(bloom, chat, 4, 64, 16)
+    look_at = lamer.SlotCache.look_at
+    monkeypatch.setattr(lamer.SlotCache, "look_at", lambda *args: 0 * look_at(*args))  # as if it ignored the mask
+    with pytest.raises(lamer.UnsupportedModelError, match="a way of its own"):
+        lamer.SlotSampler(model, chat, 4, 64, 16)
 
 
 @pytest.mark.parametrize(
