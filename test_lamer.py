@@ -1109,9 +1109,15 @@ def test_any_number_of_processes_resumes_any_other(finished_run, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "flags", ["--estimator ppo --kl_coef 0.1 --grad_checkpoint", "--preset official --norm mean_std"]
+    "flags, line",
+    [
+        ("--estimator ppo --kl_coef 0.1 --grad_checkpoint", "memory reflection"),
+        ("--preset official --norm mean_std", "memory reflection"),
+        ("--env alfworld --receptacles 4 --objects 4 --turns 4 --warm_steps 20", "  pick_and_place_simple"),
+        ("--env webshop --products 60 --turns 4 --warm_steps 20", "  mean task score"),
+    ],
 )
-def test_runs_of_other_kinds_resume_exactly(flags, tmp_path):
+def test_runs_of_other_kinds_resume_exactly(flags, line, tmp_path):
     flags = [*SMALL, *flags.split(), "--save_every", 1]
     run("train.py", *flags, "--steps", 2, "--out", tmp_path / "whole")
     run("train.py", *flags, "--steps", 1, "--out", tmp_path / "cut")
@@ -1120,6 +1126,7 @@ def test_runs_of_other_kinds_resume_exactly(flags, tmp_path):
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     log = [rows(tmp_path / kind / "metrics.jsonl", *CLOCKS) for kind in ("whole", "cut")]
     assert log[0] == log[1] and ("ppo" not in flags or log[0][1]["value_loss"] > 0 < log[0][1]["kl_start"])
+    assert line in run("eval.py", "--model", tmp_path / "whole", "--num_tasks", 16)
 
 
 @pytest.mark.slow
