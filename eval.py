@@ -27,11 +27,11 @@ from typing import Any
 
 import train
 from lamer import Episode, Sampling, Trial
-from train import ENV_OPTIONS, EVAL_SEED, Config
+from train import ENV_OPTIONS, EVAL_SEED, Config, EnvOptions
 
 
 @dataclass
-class EvalConfig:
+class EvalConfig(EnvOptions):
     """All options; the flags are built from it. None takes what the policy was trained with."""
 
     model: str | None = None  # a run folder (its newest checkpoint), a checkpoint folder, or a hub name
@@ -52,20 +52,6 @@ class EvalConfig:
     max_reply: int | None = None  # tokens
     device: str | None = None  # cpu or cuda
     dtype: str | None = None  # float32 or bfloat16
-    size: int | None = None  # environment options, as in train.py
-    mines: int | None = None
-    turns: int | None = None
-    boxes: int | None = None
-    min_solution: int | None = None
-    max_solution: int | None = None
-    codes: int | None = None
-    data: str | None = None
-    products: int | None = None
-    human_goals: bool | None = None
-    tasks: str | None = None
-    receptacles: int | None = None
-    objects: int | None = None
-    validation: str | None = None
 
 
 PROMPTING = {

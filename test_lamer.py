@@ -1356,7 +1356,7 @@ def test_the_readme_is_true():
         assert hasattr(lamer, name), f"README names lamer.{name}, which does not exist"
     assert len(re.findall(r"^\| .* \| `(\w+)` \|$", text, flags=re.M)) >= 8
     flags = set(re.findall(r"--([a-z_]+[a-z])", text))
-    known = {f.name for cls in (train.Config, evaluation.EvalConfig) for f in train.fields(cls)} | {"nproc", "help"}
+    known = {f.name for cls in (train.Config, evaluation.EvalConfig) for f in train.fields(cls)} | {"nproc", "help", "shape"}
     assert flags <= known, f"README names flags that do not exist: {sorted(flags - known)}"
     for command in re.findall(r"^(?:python|torchrun .*) (train|eval)\.py (.*?)(?: +#.*)?$", text, flags=re.M):
         cls = train.Config if command[0] == "train" else evaluation.EvalConfig

@@ -68,7 +68,27 @@ transformers_logging.disable_progress_bar()
 
 
 @dataclass
-class Config:
+class EnvOptions:
+    """Options of the environments. Which of them apply depends on `env`, and unset ones take its own defaults."""
+
+    size: int | None = None  # side of the board or room
+    mines: int | None = None  # MineSweeper
+    turns: int | None = None  # model calls per episode
+    boxes: int | None = None  # Sokoban
+    min_solution: int | None = None  # Sokoban: least moves of a level's shortest solution
+    max_solution: int | None = None  # Sokoban: most moves of a level's shortest solution
+    codes: int | None = None  # Lockbox
+    data: str | None = None  # WebShop, ALFWorld: folder with the genuine files; default: a generated world
+    products: int | None = None  # WebShop: size of the catalogue
+    human_goals: bool | None = None  # WebShop: people's instructions instead of synthetic ones
+    tasks: str | None = None  # ALFWorld: task types, such as pick,look,clean,heat
+    receptacles: int | None = None  # ALFWorld: at most so many in a generated room
+    objects: int | None = None  # ALFWorld: at most so many in a generated room
+    validation: str | None = None  # ALFWorld: evaluate in rooms unseen or seen in training
+
+
+@dataclass
+class Config(EnvOptions):
     """All options of a run; the flags are built from it. None is filled in from the tables below."""
 
     env: str = "lockbox"  # lockbox, minesweeper, sokoban, webshop, alfworld, or a class of yours as file.py:Class
@@ -122,21 +142,6 @@ class Config:
     keep: int = 2  # checkpoints kept, newest first
     device: str | None = None  # cpu or cuda; default: cuda if there is one
     dtype: str | None = None  # float32 or bfloat16; default: bfloat16 on a GPU
-    # the environment; which of these apply depends on it, and unset ones take its own defaults
-    size: int | None = None  # side of the board or room
-    mines: int | None = None  # MineSweeper
-    turns: int | None = None  # model calls per episode
-    boxes: int | None = None  # Sokoban
-    min_solution: int | None = None  # Sokoban: least moves of a level's shortest solution
-    max_solution: int | None = None  # Sokoban: most moves of a level's shortest solution
-    codes: int | None = None  # Lockbox
-    data: str | None = None  # WebShop, ALFWorld: folder with the genuine files; default: a generated world
-    products: int | None = None  # WebShop: size of the catalogue
-    human_goals: bool | None = None  # WebShop: people's instructions instead of synthetic ones
-    tasks: str | None = None  # ALFWorld: task types, such as pick,look,clean,heat
-    receptacles: int | None = None  # ALFWorld: at most so many in a generated room
-    objects: int | None = None  # ALFWorld: at most so many in a generated room
-    validation: str | None = None  # ALFWorld: evaluate in rooms unseen or seen in training
     # the tiny policy
     tiny_hidden: int | None = None  # width
     tiny_layers: int | None = None  # depth
@@ -150,8 +155,7 @@ RESUME_OPTIONS = ("steps", "eval_every", "save_every", "keep", "device", "slots"
 RESUME_OPTIONS += ("microbatch_tokens", "grad_checkpoint")
 UPDATE_OPTIONS = ("clip", "clip_high", "dual_clip", "entropy_bonus", "kl_coef", "kl", "grad_clip")
 UPDATE_OPTIONS += ("minibatch", "microbatch_tokens")
-ENV_OPTIONS = ("size", "mines", "turns", "boxes", "min_solution", "max_solution", "codes", "data", "products")
-ENV_OPTIONS += ("human_goals", "tasks", "receptacles", "objects", "validation")
+ENV_OPTIONS = tuple(f.name for f in fields(EnvOptions))
 PRESETS = {
     "paper": dict(credit="paper", dual_clip=0.0, entropy_bonus=0.0, weight_decay=0.0),
     "official": dict(credit="official", dual_clip=3.0, entropy_bonus=0.001, weight_decay=0.01),
