@@ -1249,11 +1249,11 @@ def test_a_full_disk_while_saving_loses_nothing(finished_run, tmp_path):
 
 def test_an_interrupted_run_says_so_and_can_go_on(finished_run, tmp_path):
     process = start("train.py", *SMALL, "--steps", 1000, "--save_every", 1, "--out", tmp_path)
-    deadline = time.time() + 120
+    deadline = time.time() + 600
     while not train.checkpoints(tmp_path) and time.time() < deadline:
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    text = process.communicate(timeout=60)[0]
+    text = process.communicate(timeout=300)[0]
     assert process.returncode == 1 and "stopped" in text.strip().splitlines()[-1] and "Traceback" not in text
     last = max(train.checkpoints(tmp_path))
     train.main(["--resume", str(tmp_path), "--steps", str(last + 1)])
@@ -1356,7 +1356,8 @@ def test_the_readme_is_true():
         assert hasattr(lamer, name), f"README names lamer.{name}, which does not exist"
     assert len(re.findall(r"^\| .* \| `(\w+)` \|$", text, flags=re.M)) >= 8
     flags = set(re.findall(r"--([a-z_]+[a-z])", text))
-    known = {f.name for cls in (train.Config, evaluation.EvalConfig) for f in train.fields(cls)} | {"nproc", "help", "shape"}
+    known = {f.name for cls in (train.Config, evaluation.EvalConfig) for f in train.fields(cls)}
+    known |= {"nproc", "help", "shape"}  # of torchrun, of both commands, and of bench/memory.py
     assert flags <= known, f"README names flags that do not exist: {sorted(flags - known)}"
     for command in re.findall(r"^(?:python|torchrun .*) (train|eval)\.py (.*?)(?: +#.*)?$", text, flags=re.M):
         cls = train.Config if command[0] == "train" else evaluation.EvalConfig
