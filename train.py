@@ -531,9 +531,10 @@ def memory_plan(config: Config, shape: Any, num_weights: int, world: int) -> dic
     width, layers = shape.hidden_size, shape.num_hidden_layers
     head = getattr(shape, "head_dim", None) or width // shape.num_attention_heads
     keys = 2 * head * getattr(shape, "num_key_value_heads", shape.num_attention_heads)
+    mlp = getattr(shape, "intermediate_size", None) or 4 * width
     size = 2 if config.dtype == "bfloat16" else 4
     tokens = max(config.microbatch_tokens, config.max_prompt + config.max_reply)
-    layer = tokens * size * (8 * width + 4 * head * shape.num_attention_heads + 2 * keys + 4 * shape.intermediate_size)
+    layer = tokens * size * (8 * width + 4 * head * shape.num_attention_heads + 2 * keys + 4 * mlp)
     kept = layers * tokens * size * width + layer if config.grad_checkpoint else layers * layer
     logits = 3 * 4 * min(2**26, tokens * shape.vocab_size)
     plan = dict(weights=size * num_weights, gradients=4 * num_weights, activations=kept + logits)
