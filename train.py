@@ -181,7 +181,7 @@ TINY_ENV_DEFAULTS = {
     ),
     "minesweeper": dict(size=4, mines=2, turns=9),
     "sokoban": dict(steps=120, boxes=1, warm_steps=500, warm_batch=48),
-    "webshop": dict(num_tasks=16, max_prompt=256),
+    "webshop": dict(steps=80, minibatch=128, max_prompt=256),
     "alfworld": dict(steps=60, minibatch=128, max_prompt=256, receptacles=8, objects=8),
 }
 
