@@ -1,4 +1,4 @@
-"""Evaluate a policy: success after 1..N episodes of a trial, on fixed tasks disjoint from training, with 95% intervals.
+"""Evaluate a policy: success after 1..N episodes of a trial, on fixed tasks with seeds of their own, with 95% intervals.
 
     python eval.py --model runs/minesweeper-1                        the newest checkpoint, set up as it was trained
     python eval.py --model runs/minesweeper-1 --memory none          independent attempts, the RL way
@@ -106,9 +106,8 @@ def result(config: Config, trials: Sequence[Trial]) -> dict[str, Any]:
     env = train.env_of(config)
     first = Counter(str(env.parse(trial.turns[0].reply)[0]) for trial in trials)
     scores = [trial.info["task_score"] for trial in trials if "task_score" in trial.info]  # WebShop
-    types = sorted({trial.info["task_type"] for trial in trials if "task_type" in trial.info})  # ALFWorld
     extra = {"task_score": sum(scores) / len(scores)} if scores else {}
-    for kind in types:
+    for kind in sorted({trial.info["task_type"] for trial in trials if "task_type" in trial.info}):  # ALFWorld
         same = [trial for trial in trials if trial.info.get("task_type") == kind]
         shares = [sum(trial.success_after(k + 1) for trial in same) / len(same) for k in range(config.episodes)]
         extra.setdefault("success_by_type", {})[kind] = shares

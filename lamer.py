@@ -141,11 +141,12 @@ def run_trial(
 
     def fit(write: Callable[[int, int], str], length: int) -> list[int]:
         """Encode a prompt; over the limit, first the oldest history goes, then the oldest memory, then the middle."""
-        for keep, forget in [(n, 0) for n in range(length, 0, -1)] + [(1, n + 1) for n in range(len(trial.past))]:
+        cuts = [(n, 0) for n in range(max(1, length), 0, -1)] + [(1, n + 1) for n in range(len(trial.past))]
+        for i, (keep, forget) in enumerate(cuts):
             ids = chat.encode(write(keep, forget))
             if len(ids) <= max_prompt:
                 return ids
-            trial.num_shortened += keep == length
+            trial.num_shortened += i == 0
         half = max_prompt // 2
         return ids[:half] + ids[half - max_prompt :]
 
@@ -401,7 +402,7 @@ class SlotLayer(CacheLayerMixin):
         return self.view.width, 0
 
     def get_seq_length(self) -> int:
-        return 0
+        return 0  # positions are given with every pass
 
     def get_max_length(self) -> int:
         return self.view.capacity
@@ -442,9 +443,9 @@ class Slot:
 
     def play(self, waiting: Iterator[tuple[int, Generator]], finished: list[Trial | None]) -> Generator:
         """Play trials as long as some wait; `waiting` is shared with the other slots."""
-        for self.trial, trial in waiting:
+        for self.index, trial in waiting:
             self.turn = 0  # model calls of this trial so far
-            finished[self.trial] = yield from trial
+            finished[self.index] = yield from trial
 
     def take(self, prompt: Prompt) -> None:
         """Begin a reply: keep what the row holds of the prompt, the rest is still to be computed."""
@@ -511,7 +512,7 @@ class SlotSampler:
                 ready = self.forward(slots, rows, [slots[row].rest for row in rows])
                 logits = ready.new_zeros(len(slots), ready.shape[-1]) if logits is None else logits
                 logits[rows] = ready
-            keys = np.array([(ids[slot.trial], slot.turn, len(slot.reply)) for slot in slots]).T
+            keys = np.array([(ids[slot.index], slot.turn, len(slot.reply)) for slot in slots]).T
             tokens, logps = pick_tokens(logits, uniforms(sampling.seed, sampling.step, *keys), sampling)
             ended = []
             for row, (slot, token, logp) in enumerate(zip(slots, tokens.tolist(), logps.tolist(), strict=True)):
@@ -736,11 +737,11 @@ def compute_advantages(
                 turn.advantage = step_weight * value if is_gigpo else value
         for episode in {turn.episode for turn in turns} if is_gigpo else ():
             played = [[t for t in trial.turns if (t.episode, t.phase) == (episode, "play")] for trial in group]
-            played = [turns for turns in played if turns]
+            played = [rows for rows in played if rows]
             # G_0(n) as the environment paid it: an invalid first reply is penalised in P, on its own row
-            values = center([turns[0].ret + turns[0].penalty for turns in played], norm)
-            for turns, value in zip(played, values, strict=True):
-                for turn in turns:
+            values = center([rows[0].ret + rows[0].penalty for rows in played], norm)
+            for rows, value in zip(played, values, strict=True):
+                for turn in rows:
                     turn.advantage += value
 
 
@@ -771,7 +772,7 @@ def ppo_advantages(trials: Iterable[Trial], gamma_step: float, gamma_traj: float
 
     A turn's discount to the next is gamma_step inside an episode, gamma_traj at its end, 1 from a reflection to the
     episode it prepares. With lambda 1 that is G - V, for either credit; below 1 it needs credit "official", the one
-    that is a recursion. A penalty stays with its row.
+    that is a recursion. A penalty stays with its row, but values are learned with it.
     """
     for trial in trials:
         advantage = ret_after = value_after = gamma = 0.0
@@ -847,7 +848,7 @@ def clipped_loss(
     clip_high: float | None = None,
     dual_clip: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """PPO's clipped objective per token, as a loss, and where the clipping was active: (T,), (T,) bool.
+    """PPO's clipped objective per token, as a loss, and where `clip` was active: (T,), (T,) bool.
 
     `clip_high` is the upper range where it differs. `dual_clip` c > 1 also bounds the loss of a token with negative
     advantage by -c A, however likely it has become; 0 is off.
@@ -871,7 +872,7 @@ def kl_estimate(logps: Tensor, reference: Tensor, kind: str = "k3") -> Tensor:
     k1's is zero on average, it is here for comparisons. k3 is capped at 10, as in the official code.
     """
     d = logps - reference
-    return {"k1": d, "k2": d * d / 2, "k3": (torch.expm1(-d) + d).clamp(-10, 10)}[kind]
+    return {"k1": d, "k2": d * d / 2, "k3": (torch.expm1(-d) + d).clamp(max=10)}[kind]
 
 
 def micro_batches(turns: Iterable[Turn], max_tokens: int) -> list[list[Turn]]:
@@ -944,17 +945,18 @@ class Optimizer:
     @torch.no_grad()
     def step(self, max_norm: float) -> float:
         """Sum gradients over processes, clip the policy's to max_norm, update; returns the norm before clipping."""
-        squares = [torch.zeros(())]
+        squares, head_squares = [torch.zeros(())], [torch.zeros(())]
         for name, weight in self.weights.items():
             grad = self.grads.pop(name) if name in self.grads else torch.zeros_like(weight, dtype=torch.float32)
             if self.world > 1:
                 dist.reduce(grad, self.owner[name])
             if name in self.masters:
                 self.masters[name].grad = grad
-                squares += [grad.square().sum().cpu()] if name in self.policy else []
-        [square] = all_reduce_sum([torch.stack(squares).sum().item()], weight.device)
+                (squares if name in self.policy else head_squares).append(grad.square().sum().cpu())
+        sums = [torch.stack(each).sum().item() for each in (squares, head_squares)]
+        square, head_square = all_reduce_sum(sums, weight.device)
         norm = math.sqrt(square)
-        if not math.isfinite(norm):  # the same on every process; a broken step must not reach the weights
+        if not math.isfinite(norm + head_square):  # the same on every process; a broken step must not reach the weights
             self.adamw.zero_grad()
             return norm
         for name, master in self.masters.items():
@@ -990,8 +992,9 @@ class Optimizer:
     def load_state(self, state: dict[str, dict[str, Tensor]]) -> None:
         """Take up what `state` gave, on any number of processes. The policy's masters come with its weights."""
         for name, master in self.masters.items():
-            moments = {k: state[name][k].to(master.device) for k in ("exp_avg", "exp_avg_sq")}
-            self.adamw.state[master] = {"step": state[name]["step"].clone(), **moments}
+            device = {"step": master.device if self.adamw.defaults["fused"] else "cpu"}  # as AdamW itself keeps them
+            parts = ("step", "exp_avg", "exp_avg_sq")
+            self.adamw.state[master] = {k: state[name][k].to(device.get(k, master.device), copy=True) for k in parts}
         for name, weight in self.weights.items():
             if name not in self.policy:
                 weight.copy_(state[name]["master"])

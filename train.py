@@ -125,19 +125,19 @@ class Config(EnvOptions):
     kl: str = "k3"  # its estimate: k1, k2 or k3 (see lamer.kl_estimate)
     grad_clip: float = 1.0  # largest gradient norm
     weight_decay: float | None = None  # AdamW's
-    beta2: float | None = None  # AdamW's; at 0.999 a rare bad reply moves weights with small gradients so far thrice
+    beta2: float | None = None  # AdamW's; at 0.999 one rare large gradient moves weights too far (README)
     minibatch: int | None = None  # turns per optimizer step, over all processes (paper: 64)
     microbatch_tokens: int = 8192  # tokens per forward and backward pass; lower it when memory runs out
     grad_checkpoint: bool | None = None  # recompute activations in the backward pass: less memory, about a third slower
     # sampling
     sampler: str = "slots"  # slots, or generate for the plain reference
-    slots: int | None = None  # trials decoded at once; default: 128, or as many as fit into the GPU's free memory
+    slots: int | None = None  # trials decoded at once; default: 128, on a GPU as many as fit into free memory
     max_prompt: int | None = None  # tokens; longer prompts are shortened (paper: 2048)
     max_reply: int | None = None  # tokens (paper: 1024)
     temperature: float = 1.0  # in training, of the sampler and of the loss
     # evaluation, saving, machine
     eval_every: int = 25  # steps; 0 is never
-    eval_tasks: int = 64  # fixed tasks, disjoint from training
+    eval_tasks: int = 64  # fixed tasks, their seeds disjoint from training
     save_every: int = 25  # steps; the last step is always saved
     keep: int = 2  # checkpoints kept, newest first
     device: str | None = None  # cpu or cuda; default: cuda if there is one
@@ -377,9 +377,7 @@ def warm_policy(config: Config) -> Path:
     except NotImplementedError as error:
         raise ValueError(f"{error}, which the tiny policy's warm start needs; give another --model") from error
     options = {k: v for k, v in asdict(config).items() if k == "seed" or k.startswith(("tiny_", "warm_"))}
-    code = [
-        inspect.getsource(function) for function in (warm_policy, warm_up_and_down, imitate, make_tokenizer, tiny_shape)
-    ]
+    code = [inspect.getsource(f) for f in (warm_policy, warm_up_and_down, imitate, make_tokenizer, tiny_shape)]
     recipe = [code, PIECES.pattern, recorder.texts, env.warm_share, play, options]
     key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]
     folder = Path(os.environ.get("LAMER_CACHE", "~/.cache/lamer")).expanduser() / f"tiny-{env.name}-{key}"
