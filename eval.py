@@ -1,4 +1,4 @@
-"""Evaluate a policy: success after 1..N episodes of a trial, on fixed tasks with seeds of their own, with 95% intervals.
+"""Evaluate a policy: success after 1..N episodes of a trial, on tasks with seeds of their own, with 95% intervals.
 
     python eval.py --model runs/minesweeper-1                        the newest checkpoint, set up as it was trained
     python eval.py --model runs/minesweeper-1 --memory none          independent attempts, the RL way
