@@ -576,6 +576,8 @@ def test_long_prompts_lose_the_oldest_history_first_and_are_counted():
     assert all(len(text) <= limit for _, text in prompts)
     last = [text for phase, text in prompts if phase == "play"][4]
     assert "Action 4" in last and "Action 1:" not in last
+    _, trial = talk(lamer.run_trial(env, 7, 3, Letters(), memory="both", max_prompt=9), "<action>x</action>")
+    assert trial.num_shortened == len(trial.turns), "each prompt counts once, however often it is cut"
 
 
 def test_borrowed_memory_replaces_the_own():
