@@ -302,7 +302,7 @@ class MineSweeper(Env):
         self.won = False
 
     def step(self, action: tuple[int, int]) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        if (self.lost or self.won) and not self.original:
+        if (self.lost or self.won or self.turns >= self.turn_limit) and not self.original:
             return self.text(), 0.0, True, False, {"won": self.won}
         self.turns += 1
         reward, done = self.click(*action)
@@ -546,7 +546,6 @@ class Sokoban(Env):
     is_markov = True
     plans_from_start = True
     warm_share = 0.15  # memory is followed on the first turn, so give that more weight
-    action_format = "up to three moves separated by commas inside <action> </action>"
 
     def __init__(
         self,
@@ -566,6 +565,7 @@ class Sokoban(Env):
         require(turns >= 1, f"sokoban needs at least one turn, got --turns {turns}")
         self.level_options = (size, boxes, min_solution, max_solution)
         self.size, self.turn_limit, self.moves_per_turn, self.original = size, turns, moves_per_turn, original
+        self.action_format = f"up to {moves_per_turn} moves separated by commas inside <action> </action>"
         self.max_steps = None  # the original's limit on single moves, used by recorded plays
 
     def reset(self, seed: int) -> tuple[str, dict[str, Any]]:
@@ -579,7 +579,7 @@ class Sokoban(Env):
         self.done = self.won = False
 
     def step(self, action: Sequence[str]) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        if self.done and not self.original:
+        if (self.done or self.turns >= self.turn_limit) and not self.original:
             return self.text(), 0.0, True, False, {"won": self.won}
         self.turns += 1
         total, won = 0.0, False

@@ -467,8 +467,8 @@ class SlotSampler:
 
     Every pass of the loop gives each live slot one token. A reply that ends goes straight to its trial; of the next
     prompt only what differs from the tokens the slot holds is computed. When a trial ends, the next waiting one takes
-    the slot. So no trial waits for a slower one. Keys and values live no longer than one `run`: weights change between
-    runs.
+    the slot. So no trial waits for a slower one. The cache lives no longer than one `run`: weights change between runs,
+    and the update can use its memory.
     """
 
     def __init__(self, model: Any, chat: Chat, slots: int, max_prompt: int, max_reply: int):
@@ -480,13 +480,13 @@ class SlotSampler:
         if model.config._attn_implementation not in ("eager", "sdpa"):
             raise UnsupportedModelError("the slot sampler's mask needs eager or sdpa attention")
         self.model, self.chat, self.num_slots, self.max_reply = model, chat, slots, max_reply
-        self.cache = SlotCache(shape.num_hidden_layers, slots, max_prompt + max_reply, model.device)
+        self.cache_shape = shape.num_hidden_layers, slots, max_prompt + max_reply
         self.check()
 
     @torch.no_grad()
     def check(self) -> None:
         """Raise where the model does not take cache, mask or positions as given: compare with a plain pass."""
-        row, ids = Slot(iter(()), []), [*range(1, 7)]
+        row, ids, self.cache = Slot(iter(()), []), [*range(1, 7)], SlotCache(*self.cache_shape, self.model.device)
         plain = self.model(torch.tensor([ids], device=self.model.device), use_cache=False).logits[0, -1]  # (V)
         try:
             self.forward([row], [0], [ids[:4]])
@@ -501,6 +501,7 @@ class SlotSampler:
     def run(self, trials: Sequence[Generator], ids: Sequence[int], sampling: Sampling) -> list[Trial]:
         """Play all trials to their end; results in the order of trials. `ids` number them for the random draws."""
         assert not self.model.training, "sampling needs model.eval()"
+        self.cache = SlotCache(*self.cache_shape, self.model.device)
         waiting, finished = enumerate(trials), [None] * len(trials)
         slots = [Slot(waiting, finished) for _ in range(min(self.num_slots, len(trials)))]
         while slots:
@@ -508,7 +509,8 @@ class SlotSampler:
             logits = None  # (B, V)
             if len(new) < len(slots):  # all rows, so that the cache is read in place; new ones idle
                 logits = self.forward(slots, range(len(slots)), [slot.reply[-1:] for slot in slots])
-            for rows in fill_batches(new, PREFILL_TOKENS, lambda row: len(slots[row].rest)):
+            cost = {row: max(len(slots[row].rest), len(slots[row].held) // 4) for row in new}  # held states are copied
+            for rows in fill_batches(new, PREFILL_TOKENS, cost.__getitem__):
                 ready = self.forward(slots, rows, [slots[row].rest for row in rows])
                 logits = ready.new_zeros(len(slots), ready.shape[-1]) if logits is None else logits
                 logits[rows] = ready
@@ -529,6 +531,7 @@ class SlotSampler:
                 if row < len(slots):
                     self.cache.move_row(len(slots), row, len(last.held))
                     slots[row] = last
+        del self.cache
         return finished
 
     def forward(self, slots: Sequence[Slot], rows: Sequence[int], new: Sequence[Sequence[int]]) -> Tensor:

@@ -403,10 +403,9 @@ def test_same_seed_same_task_and_sticky_done(name):
         while not done:
             observation, _, terminated, truncated, _ = env.step(env.parse(env.scripted(0.3, rng))[0])
             done = terminated or truncated
-        if terminated:
-            again, reward, terminated, _, _ = env.step(env.parse(env.scripted(0.3, rng))[0])
-            assert terminated and reward == 0
-            assert again == observation or name == "lockbox"
+        again, reward, terminated, _, _ = env.step(env.parse(env.scripted(0.3, rng))[0])
+        assert terminated and reward == 0
+        assert again == observation or name == "lockbox"
         assert env.reset(seed)[0] == other.reset(seed)[0] == first
     assert len({env.reset(seed)[0] for seed in range(20)}) > (0 if name == "lockbox" else 15)
 
@@ -845,7 +844,7 @@ def test_the_memory_plan_counts_what_is_there():
     )
     logits = 3 * 4 * 2 * 511 * 1000 / 1e9
     measured = saved_bytes(model, [turn, turn], 1000) / 1e9
-    assert 0.7 < measured / (plan["activations"] - logits) < 1.3
+    assert 0.8 < measured / (plan["activations"] - logits) < 1.1
     cache = lamer.SlotCache(6, 5, 479 + 32, torch.device("cpu"))
     cache.look_at([0], np.array([[0]]), 32, torch.float32)
     for layer in cache.layers:
@@ -854,8 +853,11 @@ def test_the_memory_plan_counts_what_is_there():
     assert held / 1e9 == pytest.approx(5 * plan["slot"])
     assert train.fit_slots(plan, 10.0, 40)[0] == 40
     assert 0 < train.fit_slots(plan | {"slot": 1.0}, 10.0, 40)[0] < 10
-    with pytest.raises(ValueError, match="--microbatch_tokens"):
-        train.fit_slots(plan, plan["weights"], 40)
+    sizes = dict(weights=1.0, optimizer=2.0, gradients=3.0, activations=2.0, slot=1.0)
+    assert train.fit_slots(sizes, 10.0, 40)[0] == 6  # (0.92 x 10 - 3) / 1: gradients are not there in rollouts
+    for total in (3.5, 8.5):  # no slot fits; the update does not fit
+        with pytest.raises(ValueError, match="--microbatch_tokens"):
+            train.fit_slots(sizes, total, 40)
 
 
 # ------------------------------------------------------------------------------------------ the update

@@ -42,6 +42,8 @@ try:
 except ImportError:  # Windows
     resource = None
 
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # rollouts and updates cut memory differently
+
 import torch
 import torch.distributed as dist
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -471,7 +473,7 @@ def save_folder(folder: Path, write: Callable[[Path], None]) -> None:
     except Exception as error:  # a full disk shows as OSError, RuntimeError or SafetensorError, by library
         shutil.rmtree(draft, ignore_errors=True)
         reason = next(iter(str(error).strip().splitlines()), "")
-        sys.exit(f"cannot save {folder}: {type(error).__name__}: {reason}; earlier checkpoints are untouched")
+        raise OSError(f"cannot save {folder}: {type(error).__name__}: {reason}") from error
 
 
 def save_policy(
@@ -532,7 +534,7 @@ def memory_plan(config: Config, shape: Any, num_weights: int, world: int) -> dic
     mlp = getattr(shape, "intermediate_size", None) or 4 * width
     size = 2 if config.dtype == "bfloat16" else 4
     tokens = max(config.microbatch_tokens, config.max_prompt + config.max_reply)
-    layer = tokens * size * (8 * width + 4 * head * shape.num_attention_heads + 2 * keys + 4 * mlp)
+    layer = tokens * size * (8 * width + 5 * head * shape.num_attention_heads + 5 * keys // 2 + 4 * mlp)
     kept = layers * tokens * size * width + layer if config.grad_checkpoint else layers * layer
     logits = 3 * 4 * min(2**26, tokens * shape.vocab_size)
     plan = dict(weights=size * num_weights, gradients=4 * num_weights, activations=kept + logits)
@@ -543,12 +545,19 @@ def memory_plan(config: Config, shape: Any, num_weights: int, world: int) -> dic
 
 
 def fit_slots(plan: dict[str, float], total_gb: float, most: int) -> tuple[int, str]:
-    """How many slots fit into `total_gb`, up to `most`, and the sum in words; ValueError if it is none."""
-    fixed = sum(need for name, need in plan.items() if name != "slot")
-    slots = min(most, int((0.92 * total_gb - fixed) / plan["slot"]))  # the rest is for the allocator's gaps
-    parts = " + ".join(f"{name} {need:.1f}" for name, need in plan.items() if name != "slot" and need)
-    line = f"memory per GPU in GB: {parts} + {max(slots, 0)} slots of {plan['slot']:.2f}, of {total_gb:.1f}"
-    if slots < 1:
+    """How many slots fit into `total_gb`, up to `most`, and the sum in words; ValueError if it is none.
+
+    The cache exists during rollouts, gradients and activations during updates: the larger of the two must fit.
+    """
+    plan = {name: need for name, need in plan.items() if need}
+    slot, in_update = plan.pop("slot"), [name for name in ("gradients", "activations") if name in plan]
+    update = {name: plan.pop(name) for name in in_update}
+    free = 0.92 * total_gb - sum(plan.values())  # the rest is for the allocator's gaps
+    slots = min(most, int(free / slot))
+    always, at_update = (" + ".join(f"{k} {v:.1f}" for k, v in part.items()) for part in (plan, update))
+    line = f"memory per GPU in GB: {always}, then {max(slots, 0)} slots of {slot:.2f}"
+    line += f" in rollouts or {at_update} in updates" * bool(update) + f", of {total_gb:.1f}"
+    if slots < 1 or sum(update.values()) > free:
         raise ValueError(f"{line}: too much; lower --microbatch_tokens or --max_prompt, or take more GPUs")
     return slots, line
 
@@ -706,7 +715,7 @@ def start_run(config: Config, done: int) -> Run:
     if config.resume:
         optimizer.load_state(torch.load(Path(source, "optimizer.pt"), map_location="cpu", mmap=True))
     if config.grad_checkpoint:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
 
     needed = len(next(lamer.run_trial(env, EVAL_SEED, 1, chat, style=config.style, max_prompt=10**9)).ids)
     if needed > config.max_prompt:

@@ -59,10 +59,12 @@ def main(argv: list[str]) -> None:
         row = train.train_step(config, run, range(config.num_tasks * config.group_size), 0)
     measured = (train.peak_gb(config.device) if is_gpu else resident_gb("VmHWM")) - idle
     plan = train.memory_plan(config, run.model.config, run.model.num_parameters(), 1)
-    plan["cache"] = plan.pop("slot") * run.sampler.num_slots
+    slot, in_update = plan.pop("slot"), plan["gradients"] + plan["activations"]
+    plan["cache"] = slot * run.sampler.num_slots
+    predicted = sum(plan.values()) - min(plan["cache"], in_update)  # these are not there at the same time
     print(f"{shape} {config.dtype}, {run.sampler.num_slots} slots, {row['turns']} turns, seconds {row['seconds']}")
-    print("predicted GB: " + " + ".join(f"{name} {need:.2f}" for name, need in plan.items() if need), end="")
-    print(f" = {sum(plan.values()):.2f}; measured {measured:.2f}")
+    print("predicted GB: " + ", ".join(f"{name} {need:.2f}" for name, need in plan.items() if need), end="")
+    print(f"; at most at once {predicted:.2f}; measured {measured:.2f}")
 
 
 def resident_gb(field: str) -> float:

@@ -473,9 +473,8 @@ def test_same_seed_same_task_and_sticky_done():
     for seed in [*range(20), 2**31, 2**31 + 1]:
         first = env.reset(seed)[0]
         log, info = play(env, seed, skill=0.0)
-        if env.done:
-            for action in ("search[mug]", *(env.parse(env.scripted(0.3, random.Random(i)))[0] for i in range(30))):
-                assert env.step(action) == (log[-1][1], 0.0, True, False, info)
+        for action in ("search[mug]", *(env.parse(env.scripted(0.3, random.Random(i)))[0] for i in range(30))):
+            assert env.step(action) == (log[-1][1], 0.0, True, False, info)
         assert env.reset(seed)[0] == other.reset(seed)[0] == first  # the same goal, also after a wrong purchase
         assert play(env, seed, skill=0.3) == play(other, seed, skill=0.3)
     assert len({env.reset(seed)[0] for seed in range(100)}) > 80

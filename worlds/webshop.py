@@ -744,7 +744,7 @@ class WebShop(Env):
         self.goal = goals[min(bisect_right(mass, self.rng.uniform(0, mass[-1])), len(goals) - 1)]
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        if self.done and not self.original:
+        if (self.done or self.turns >= self.turn_limit) and not self.original:
             return self.text(), 0.0, True, False, {"won": self.won, "task_score": self.visit.score["reward"]}
         self.turns += 1
         self.visit.act(action)
