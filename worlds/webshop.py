@@ -687,8 +687,7 @@ class WebShop(Env):
     """Buy what the instruction asks for within `turns` actions: 10 for a purchase of the full reward, else 0.
 
     `info["task_score"]` is the original's reward, which also pays for what is right in part. `compact` pages are short
-    and list three products (default: with the generated catalogue). Seeds from 2^31 on are the validation goals, in
-    turn. `shop_seed` decides prices, goals, their order, and the generated catalogue.
+    and list three products (default: with the generated catalogue). Seeds from 2^31 on are the validation goals.
     """
 
     name = "webshop"
@@ -703,7 +702,7 @@ class WebShop(Env):
         human_goals: bool = False,
         turns: int = 12,
         compact: bool | None = None,
-        shop_seed: int = 0,
+        shop_seed: int = 0,  # of prices, goals, their order, and the generated catalogue
         original: bool = False,
     ):
         check(turns >= 1, f"--turns {turns}", "webshop needs at least one turn")
