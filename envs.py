@@ -116,7 +116,7 @@ def between(text: str, start: str, end: str) -> str | None:
 
 
 class Lockbox(Env):
-    """The smallest task in which exploring pays only in a later episode; solved exactly by `lockbox_values`.
+    """The smallest task in which exploring pays only in a later episode; test_lamer.py solves it exactly.
 
     Greedy play opens or leaves (see `rules`); across episodes one should peek first, then open.
     """
@@ -179,32 +179,6 @@ class Lockbox(Env):
     def scripted_reflection(self, rng: random.Random) -> str:
         stated = self.seen is not None and rng.random() < 0.7
         return f"<remark>code {self.seen}</remark>" if stated else "<remark>nothing</remark>"
-
-
-def lockbox_values(codes: int, episodes: int, gamma_traj: float) -> tuple[dict[str, float], list[float]]:
-    """Solve Lockbox exactly by dynamic programming, for an agent with perfect memory.
-
-    Returns the value G_0(0) of each first action, and the probability of having opened the box after 1..episodes
-    episodes when the best action is always taken. lockbox_values(8, 2, 0.6) gives peek 6.0 and success [0.0, 1.0].
-    """
-
-    def values(left: int, possible: int) -> dict[str, float]:
-        """Value of each action with `left` episodes to go and `possible` codes not ruled out; 1 means it is known."""
-        if left == 0 or possible == 0:
-            return {"open": 0.0}
-        wrong, seen, same = (gamma_traj * max(values(left - 1, n).values()) for n in (possible - 1, 1, possible))
-        return {"open": 10 / possible + (1 - 1 / possible) * wrong, "peek": seen, "leave": 1 + same}
-
-    success, opened, possible = [], 0.0, codes
-    for left in range(episodes, 0, -1):
-        options = values(left, possible)
-        best = max(options, key=options.get)
-        if best == "peek":
-            possible = 1
-        elif best == "open" and possible:  # none is possible once the box is open
-            opened, possible = opened + (1 - opened) / possible, possible - 1
-        success.append(opened)
-    return values(episodes, codes), success
 
 
 # ----------------------------------------------------------------------------------------- MineSweeper

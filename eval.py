@@ -145,8 +145,7 @@ def prepare(argv: Sequence[str]) -> tuple[EvalConfig, Config, str]:
         raise ValueError("--prompting sets the memory itself; leave out --memory")
     if given.prompting and given.prompting not in PROMPTING:
         raise ValueError(f"--prompting must be one of {', '.join(PROMPTING)}, not {given.prompting!r}")
-    done = train.checkpoints(given.model)
-    source = str(done[max(done)]) if done else given.model
+    source = train.newest_checkpoint(given.model)
     saved = train.saved_config(source)
     if not saved and given.env is None:
         raise ValueError(f"--model {given.model} was not trained here, so it needs an --env")

@@ -40,7 +40,7 @@ from transformers import (
 import eval as evaluation
 import lamer
 import train
-from envs import ENVS, MOVES, Env, Level, MineSweeper, Sokoban, deal_board, derive_seed, lockbox_values, make_env
+from envs import ENVS, MOVES, Env, Level, MineSweeper, Sokoban, deal_board, derive_seed, make_env
 from lamer import Reply, Sampling, Trial, Turn
 
 HERE = Path(__file__).parent
@@ -358,6 +358,32 @@ def test_clipped_loss_by_hand():
     logps = torch.tensor([5.0, 5.0, 1.4]).log()
     losses, _ = lamer.clipped_loss(logps, old[:3], torch.tensor([-1.0, 1.0, 1.0]), 0.2, clip_high=0.5, dual_clip=3.0)
     assert torch.allclose(losses, torch.tensor([3.0, -1.5, -1.4]))
+
+
+def lockbox_values(codes: int, episodes: int, gamma_traj: float) -> tuple[dict[str, float], list[float]]:
+    """Solve Lockbox exactly by dynamic programming, for an agent with perfect memory.
+
+    Returns the value G_0(0) of each first action, and the probability of having opened the box after 1..episodes
+    episodes when the best action is always taken. lockbox_values(8, 2, 0.6) gives peek 6.0 and success [0.0, 1.0].
+    """
+
+    def values(left: int, possible: int) -> dict[str, float]:
+        """Value of each action with `left` episodes to go and `possible` codes not ruled out; 1 means it is known."""
+        if left == 0 or possible == 0:
+            return {"open": 0.0}
+        wrong, seen, same = (gamma_traj * max(values(left - 1, n).values()) for n in (possible - 1, 1, possible))
+        return {"open": 10 / possible + (1 - 1 / possible) * wrong, "peek": seen, "leave": 1 + same}
+
+    success, opened, possible = [], 0.0, codes
+    for left in range(episodes, 0, -1):
+        options = values(left, possible)
+        best = max(options, key=options.get)
+        if best == "peek":
+            possible = 1
+        elif best == "open" and possible:  # none is possible once the box is open
+            opened, possible = opened + (1 - opened) / possible, possible - 1
+        success.append(opened)
+    return values(episodes, codes), success
 
 
 @pytest.mark.parametrize(

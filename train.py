@@ -192,8 +192,7 @@ def resolve(config: Config) -> Config:
     """Fill in what was left open, by environment and kind of policy; ValueError for what cannot be."""
     config.device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     config.model = config.model or ("tiny" if config.device == "cpu" else "Qwen/Qwen3-4B")
-    if found := checkpoints(config.model):  # a run folder stands for its newest checkpoint
-        config.model = str(found[max(found)])
+    config.model = newest_checkpoint(config.model)
     config.dtype = config.dtype or ("float32" if config.device == "cpu" else "bfloat16")
     saved = saved_config(config.model)
     is_small = config.model == "tiny" or saved.get("style") == "compact"
@@ -508,6 +507,11 @@ def save_checkpoint(config: Config, run: Run, step: int) -> None:
 def checkpoints(run: str | Path) -> dict[int, Path]:
     """The complete checkpoints of a run folder by step; unfinished ones carry another name."""
     return {int(p.name[5:]): p for p in Path(run).glob("step_*") if re.fullmatch(r"step_\d+", p.name)}
+
+
+def newest_checkpoint(model: str) -> str:
+    """The newest checkpoint of a run folder; any other model's name as it is."""
+    return str(max(checkpoints(model).items(), default=(0, model))[1])
 
 
 def trim_log(path: Path, steps: int) -> None:
