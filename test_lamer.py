@@ -8,6 +8,7 @@ name, or fails with LAMER_REQUIRE_GOLDEN=1.
 """
 
 import copy
+import gc
 import json
 import math
 import os
@@ -657,6 +658,16 @@ def test_results_do_not_depend_on_slots_or_order(policy):
     order = np.random.RandomState(0).permutation(24)
     assert replies_of(rollout(policy, slots=9, ids=[int(i) for i in order])) == [reference[i] for i in order]
     assert replies_of(rollout(policy, slots=24, sampling=Sampling(seed=4))) != reference
+
+
+def test_the_update_finds_the_cache_gone(policy):
+    gc.collect()
+    gc.disable()  # on a GPU, too, memory runs out before the collector would free a cycle
+    try:
+        assert rollout(policy, num=4)
+        assert not [each for each in gc.get_objects() if type(each) is lamer.SlotCache]
+    finally:
+        gc.enable()
 
 
 def test_logps_equal_a_plain_forward(policy):

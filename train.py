@@ -9,7 +9,7 @@
 Without a GPU the policy is `tiny`: a Qwen3-shaped model of under a million weights, made on the spot and warm-started
 by imitating a scripted player, so that meta-RL can be watched at work within minutes. From there on it is a model like
 any other. Every random draw is a function of (seed, step, trial, turn, token), so a run is repeatable and resumes
-exactly.
+exactly, on a GPU up to the order in which its kernels add.
 
 Simplifications against the paper and the official code:
 1. One process per GPU holds the whole model and plays its own tasks; no separate inference servers.
@@ -63,6 +63,7 @@ import lamer
 from envs import Env, derive_seed, make_env
 from lamer import Chat, Reply, Sampling, Trial, Turn, all_reduce_sum
 
+torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every new shape, and texts come in all lengths
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 
@@ -585,7 +586,7 @@ def make_sampler(
     if config.device.startswith("cuda"):
         plan = memory_plan(config, model.config.get_text_config(), model.num_parameters(), max(world, 1))
         plan = plan if world else {name: plan[name] for name in ("weights", "slot")}
-        free = (torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()) / 1e9
+        free = (torch.cuda.mem_get_info(config.device)[0] + torch.cuda.memory_reserved(config.device)) / 1e9
         slots, line = fit_slots(plan, free, config.slots or trials)
         say(line)
     limits = slots, config.max_prompt, config.max_reply
