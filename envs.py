@@ -102,6 +102,10 @@ class Env:
         """The scripted player's reflection on the episode just ended."""
         return "<remark></remark>"
 
+    def has_scripted_player(self) -> bool:
+        """Whether the class defines `scripted`: the tiny policy's warm start and an evaluation's last row need it."""
+        return type(self).scripted is not Env.scripted
+
 
 def between(text: str, start: str, end: str) -> str | None:
     """The text from the first `start` to the last `end`; None if one is missing, "" if they stand the wrong way round.
@@ -643,11 +647,11 @@ def env_class(name: str) -> type[Env]:
     require(path.endswith(".py"), f"no environment is called {name!r}; use {known} or a file of yours as file.py:Class")
     require(Path(path).is_file(), f"--env {name}: there is no file {path}")
     cls = getattr(load_module(path, Path(path).stat().st_mtime_ns), class_name, None)
-    is_env = inspect.isclass(cls) and hasattr(cls, "reset") and hasattr(cls, "step")
-    require(is_env, f"--env {name}: {path} has no class {class_name} with reset and step")
+    own = [getattr(cls, method, None) not in (None, getattr(Env, method)) for method in ("reset", "step")]
+    require(inspect.isclass(cls) and all(own), f"--env {name}: {path} has no class {class_name} with reset and step")
     # A plain Gymnasium-style class gets the defaults of Env for whatever it does not define itself.
-    own = {"name": getattr(cls, "name", class_name.lower())}
-    return cls if issubclass(cls, Env) else type(cls.__name__, (cls, Env), own)
+    named = {"name": getattr(cls, "name", class_name.lower())}
+    return cls if issubclass(cls, Env) else type(cls.__name__, (cls, Env), named)
 
 
 @lru_cache(maxsize=16)

@@ -92,11 +92,10 @@ def play(config: Config, sampler: Any, seeds: Sequence[int], sampling: Sampling,
 
 def play_scripted(config: Config, seeds: Sequence[int]) -> list[Trial] | None:
     """The scripted player at full skill on the same tasks; None if the environment has none."""
-    try:
-        options = dict(episodes=config.episodes, chat=train.Recorder(), skill=1.0, rng=random.Random(0))
-        return [train.scripted_trial(train.env_of(config), seed, memory="none", **options) for seed in seeds]
-    except NotImplementedError:
+    if not train.env_of(config).has_scripted_player():
         return None
+    options = dict(episodes=config.episodes, chat=train.Recorder(), skill=1.0, rng=random.Random(0))
+    return [train.scripted_trial(train.env_of(config), seed, memory="none", **options) for seed in seeds]
 
 
 def result(config: Config, trials: Sequence[Trial]) -> dict[str, Any]:

@@ -481,39 +481,39 @@ class SlotSampler:
         if model.config._attn_implementation not in ("eager", "sdpa"):
             raise UnsupportedModelError("the slot sampler's mask needs eager or sdpa attention")
         self.model, self.chat, self.num_slots, self.max_reply = model, chat, slots, max_reply
-        self.cache_shape = shape.num_hidden_layers, slots, max_prompt + max_reply
+        self.cache_options = shape.num_hidden_layers, slots, max_prompt + max_reply, model.device
         self.check()
 
     @torch.no_grad()
     def check(self) -> None:
         """Raise where the model does not take cache, mask or positions as given: compare with a plain pass."""
-        row, ids, self.cache = Slot(iter(()), []), [*range(1, 7)], SlotCache(*self.cache_shape, self.model.device)
+        cache, row, ids = SlotCache(*self.cache_options), Slot(iter(()), []), [*range(1, 7)]
         plain = self.model(torch.tensor([ids], device=self.model.device), use_cache=False).logits[0, -1]  # (V)
         try:
-            self.forward([row], [0], [ids[:4]])
-            [ours] = self.forward([row], [0], [ids[4:]])  # (V)
+            self.forward(cache, [row], [0], [ids[:4]])
+            [ours] = self.forward(cache, [row], [0], [ids[4:]])  # (V)
         except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
             raise UnsupportedModelError(f"this model cannot use the slot sampler's cache ({error})") from error
         plain = plain[: len(ours)]
         if (ours - plain).norm() > 0.1 * plain.norm():  # far above what bf16 rounds away
             raise UnsupportedModelError("this model reads a cache in a way of its own")
-        del self.cache
 
     @torch.no_grad()
     def run(self, trials: Sequence[Generator], ids: Sequence[int], sampling: Sampling) -> list[Trial]:
         """Play all trials to their end; results in the order of trials. `ids` number them for the random draws."""
         assert not self.model.training, "sampling needs model.eval()"
-        self.cache = SlotCache(*self.cache_shape, self.model.device)
+        cache = SlotCache(*self.cache_options)
         waiting, finished = enumerate(trials), [None] * len(trials)
         slots = [Slot(waiting, finished) for _ in range(min(self.num_slots, len(trials)))]
         while slots:
             new = [row for row, slot in enumerate(slots) if not slot.reply]
             logits = None  # (B, V)
             if len(new) < len(slots):  # all rows, so that the cache is read in place; new ones idle
-                logits = self.forward(slots, range(len(slots)), [slot.reply[-1:] for slot in slots])
-            cost = {row: max(len(slots[row].rest), len(slots[row].held) // 4) for row in new}  # held states are copied
+                logits = self.forward(cache, slots, range(len(slots)), [slot.reply[-1:] for slot in slots])
+            # Memory in tokens: what is held is copied to be read, about a quarter of what a new token takes.
+            cost = {row: max(len(slots[row].rest), len(slots[row].held) // 4) for row in new}
             for rows in fill_batches(new, PREFILL_TOKENS, cost.__getitem__):
-                ready = self.forward(slots, rows, [slots[row].rest for row in rows])
+                ready = self.forward(cache, slots, rows, [slots[row].rest for row in rows])
                 logits = ready.new_zeros(len(slots), ready.shape[-1]) if logits is None else logits
                 logits[rows] = ready
             keys = np.array([(ids[slot.index], slot.turn, len(slot.reply)) for slot in slots]).T
@@ -531,12 +531,13 @@ class SlotSampler:
             for row in reversed(ended):  # keep live slots at the head of the cache, so that decoding reads it in place
                 last = slots.pop()
                 if row < len(slots):
-                    self.cache.move_row(len(slots), row, len(last.held))
+                    cache.move_row(len(slots), row, len(last.held))
                     slots[row] = last
-        del self.cache
         return finished
 
-    def forward(self, slots: Sequence[Slot], rows: Sequence[int], new: Sequence[Sequence[int]]) -> Tensor:
+    def forward(
+        self, cache: SlotCache, slots: Sequence[Slot], rows: Sequence[int], new: Sequence[Sequence[int]]
+    ) -> Tensor:
         """Logits (B, V) after the new tokens of these rows, which from now on hold them.
 
         The padding of a short row, and of a row without new tokens, is written behind what the row holds, where later
@@ -547,13 +548,13 @@ class SlotSampler:
         for row, added in zip(rows, new, strict=True):
             slots[row].held += added
         longest = max(len(slots[row].held) for row, added in zip(rows, new, strict=True) if added)
-        width = min(-(-longest // 32) * 32, self.cache.capacity)  # few distinct widths keep the allocator calm
-        mask = self.cache.look_at(rows, positions, width, self.model.dtype)
+        width = min(-(-longest // 32) * 32, cache.capacity)  # few distinct widths keep the allocator calm
+        mask = cache.look_at(rows, positions, width, self.model.dtype)
         hidden = self.model.get_decoder()(
             input_ids=tokens,
-            position_ids=self.cache.positions,
+            position_ids=cache.positions,
             attention_mask=mask,
-            past_key_values=self.cache,
+            past_key_values=cache,
             use_cache=True,
         ).last_hidden_state  # (B, T, h)
         last = hidden[range(len(rows)), [len(added) - 1 for added in new]]  # (B, h)
@@ -1012,6 +1013,26 @@ def named_like(model: Any, masters: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: by_address.get(value.data_ptr(), value) for name, value in model.state_dict().items()}
 
 
+@torch.no_grad()
+def logps_before(
+    model: Any, turns: Sequence[Turn], temperature: float, vocab_size: int, microbatch_tokens: int
+) -> tuple[dict[int, Tensor], float]:
+    """By id(turn), the log-probabilities (T,) that ratios are measured against, and how far they are from the sampled.
+
+    In fp32 they are the sampled ones. A bf16 decoder and a bf16 trainer differ: there they are the trainer's.
+    """
+    sampled = {id(turn): torch.tensor(turn.logps, device=model.device) for turn in turns}
+    if model.dtype == torch.float32:
+        return sampled, 0.0
+    before, gap = {}, 0.0
+    for batch in micro_batches(turns, microbatch_tokens):
+        logps, _, _ = reply_logps(model, batch, temperature, vocab_size)
+        for turn, new in zip(batch, logps.split([len(turn.reply_ids) for turn in batch]), strict=True):
+            before[id(turn)] = new
+            gap += (new - sampled[id(turn)]).abs().sum().item()
+    return before, gap
+
+
 def update(
     model: Any,
     optimizer: Optimizer,
@@ -1048,16 +1069,7 @@ def update(
         minibatches[int(u * len(minibatches))].append(turn)
 
     model.train()
-    old_logps = {id(turn): torch.tensor(turn.logps, device=device) for turn in turns}
-    gap = 0.0
-    if model.dtype != torch.float32:  # a bf16 decoder and a bf16 trainer differ: measure the ratio against the trainer
-        with torch.no_grad():
-            for batch in micro_batches(turns, microbatch_tokens):
-                logps, _, _ = reply_logps(model, batch, sampling.temperature, vocab_size)
-                for turn, new in zip(batch, logps.split([len(turn.reply_ids) for turn in batch]), strict=True):
-                    gap += (new - old_logps[id(turn)]).abs().sum().item()
-                    old_logps[id(turn)] = new
-
+    old_logps, gap = logps_before(model, turns, sampling.temperature, vocab_size, microbatch_tokens)
     names = ("loss", "entropy", "clip_fraction", "kl", "kl_start", "value_loss")
     sums, norms = torch.zeros(len(names), dtype=torch.float64, device=device), []
     for rows in minibatches:

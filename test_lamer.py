@@ -1310,7 +1310,11 @@ def test_an_environment_of_ones_own(policy, tmp_path):
     sampler = train.make_sampler(config, *policy[1:])
     trials = train.rollout(config, sampler, [0, 1], [0, 1], Sampling())
     assert [trial.episodes for trial in trials] == [3, 3]
-    for text, message in (("import nothing_like_this", "cannot be loaded"), ("class Other: pass", "no class Coin")):
+    for text, message in (
+        ("import nothing_like_this", "cannot be loaded"),
+        ("class Other: pass", "no class Coin"),
+        ("from envs import Env\nclass Coin(Env): pass", "with reset and step"),
+    ):
         (tmp_path / "game.py").write_text(text)
         with pytest.raises(ValueError, match=message):
             make_env(f"{tmp_path}/game.py:Coin")

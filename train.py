@@ -131,7 +131,7 @@ class Config(EnvOptions):
     beta2: float | None = None  # AdamW's; at 0.999 one rare large gradient moves weights too far (README)
     minibatch: int | None = None  # turns per optimizer step, over all processes (paper: 64)
     microbatch_tokens: int = 8192  # tokens per forward and backward pass; lower it when memory runs out
-    grad_checkpoint: bool | None = None  # recompute activations in the backward pass: less memory, about a third slower
+    grad_checkpoint: bool | None = None  # recompute activations in the backward pass: saves memory, costs time
     # sampling
     sampler: str = "slots"  # slots, or generate for the plain reference
     slots: int | None = None  # trials decoded at once; default: 128, on a GPU as many as fit into free memory
@@ -373,11 +373,10 @@ def warm_policy(config: Config) -> Path:
     episodes = max(config.episodes, ENV_DEFAULTS.get(config.env, {}).get("episodes", DEFAULTS["episodes"]))  # RL's too
     play = dict(episodes=episodes, style="compact", max_prompt=config.max_prompt)
     recorder, rng, env = Recorder(), random.Random(config.seed), env_of(config)
-    try:
-        for seed in range(64):
-            scripted_trial(env, seed, chat=recorder, skill=env.warm_skill, rng=rng, **play)
-    except NotImplementedError as error:
-        raise ValueError(f"{error}, which the tiny policy's warm start needs; give another --model") from error
+    if not env.has_scripted_player():
+        raise ValueError(f"{env.name} has no scripted player, which the tiny policy learns from; give another --model")
+    for seed in range(64):
+        scripted_trial(env, seed, chat=recorder, skill=env.warm_skill, rng=rng, **play)
     options = {k: v for k, v in asdict(config).items() if k == "seed" or k.startswith(("tiny_", "warm_"))}
     code = [inspect.getsource(f) for f in (warm_policy, warm_up_and_down, imitate, make_tokenizer, tiny_shape)]
     recipe = [code, PIECES.pattern, recorder.texts, env.warm_share, play, options]
@@ -554,14 +553,13 @@ def fit_slots(plan: dict[str, float], total_gb: float, most: int) -> tuple[int, 
 
     The cache exists during rollouts, gradients and activations during updates: the larger of the two must fit.
     """
-    plan = {name: need for name, need in plan.items() if need}
-    slot, in_update = plan.pop("slot"), [name for name in ("gradients", "activations") if name in plan]
-    update = {name: plan.pop(name) for name in in_update}
-    free = 0.92 * total_gb - sum(plan.values())  # the rest is for the allocator's gaps
-    slots = min(most, int(free / slot))
-    always, at_update = (" + ".join(f"{k} {v:.1f}" for k, v in part.items()) for part in (plan, update))
-    line = f"memory per GPU in GB: {always}, then {max(slots, 0)} slots of {slot:.2f}"
-    line += f" in rollouts or {at_update} in updates" * bool(update) + f", of {total_gb:.1f}"
+    update = {name: plan[name] for name in ("gradients", "activations") if name in plan}
+    always = {name: need for name, need in plan.items() if need and name not in (*update, "slot")}
+    free = 0.92 * total_gb - sum(always.values())  # the rest is for the allocator's gaps
+    slots = min(most, int(free / plan["slot"]))
+    kept, updating = (" + ".join(f"{k} {v:.1f}" for k, v in part.items()) for part in (always, update))
+    line = f"memory per GPU in GB: {kept}, then {max(slots, 0)} slots of {plan['slot']:.2f}"
+    line += f" in rollouts or {updating} in updates" * bool(update) + f", of {total_gb:.1f}"
     if slots < 1 or sum(update.values()) > free:
         raise ValueError(f"{line}: too much; lower --microbatch_tokens or --max_prompt, or take more GPUs")
     return slots, line
