@@ -478,6 +478,11 @@ def test_same_seed_same_task_and_sticky_done():
         assert env.reset(seed)[0] == other.reset(seed)[0] == first  # the same goal, also after a wrong purchase
         assert play(env, seed, skill=0.3) == play(other, seed, skill=0.3)
     assert len({env.reset(seed)[0] for seed in range(100)}) > 80
+    env = WebShop(turns=1)
+    env.reset(0)
+    page, _, terminated, truncated, info = env.step("search[mug]")
+    assert truncated and not terminated  # after the last turn, too, nothing changes
+    assert env.step("search[lamp]") == (page, 0.0, True, False, info)
 
 
 def test_validation_goals_are_held_out_and_fixed():
