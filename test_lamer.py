@@ -1028,6 +1028,7 @@ def test_bf16_weights_have_fp32_masters(policy, batch):
     before = train.load_policy(str(train.warm_policy(policy[0])), "float32", "cpu")[0].state_dict()
     weights, stats, model = updated_weights(policy, batch, lr=1e-6, dtype=torch.bfloat16, minibatch=10**6)
     assert model.dtype == torch.bfloat16 and stats["sampler_gap"] > 0
+    assert abs(stats["kl"]) < 1e-9, "ratios are measured against the trainer, so they begin at 1"
     assert model.model.rotary_emb.inv_freq.dtype == torch.float32
     name = "model.layers.0.mlp.up_proj.weight"
     assert 0 < (weights[name] - before[name]).abs().max() < 2e-6, "steps that bf16 would round away arrive"
