@@ -1,18 +1,20 @@
-"""Evaluate a policy: success after 1..N episodes of a trial, on tasks with seeds of their own, with 95% intervals.
+"""Evaluate a policy: success after 1..N episodes of a trial on fixed tasks, with 95% intervals.
 
-    python eval.py --model runs/minesweeper-1                        the newest checkpoint, set up as it was trained
-    python eval.py --model runs/minesweeper-1 --memory none          independent attempts, the RL way
-    python eval.py --model runs/minesweeper-1 --memory swapped       every task gets the memory of another one
-    python eval.py --model runs/minesweeper-1 --mines 4 --show 3     a harder task; print three whole trials
+    python eval.py --model runs/minesweeper-1                        as it was trained
+    python eval.py --model runs/minesweeper-1 --memory none          independent attempts, as in RL
+    python eval.py --model runs/minesweeper-1 --memory swapped       the memory of another task
+    python eval.py --model runs/minesweeper-1 --mines 4 --show 3     a harder task; print 3 trials
     python eval.py --model tiny --env minesweeper                    the warm start, before any RL
-    python eval.py --model Qwen/Qwen3-4B --env sokoban --prompting react    any model of the hub, untrained
+    python eval.py --model Qwen/Qwen3-4B --env sokoban --prompting react    a hub model, untrained
 
-`--prompting` gives the paper's baselines for a frozen model: zero-shot asks for the action alone, react for reasoning
-before every action, reflexion also for a reflection between episodes, which later prompts carry.
+`--prompting` gives the paper's baselines for a frozen model: zero-shot asks for the action alone,
+react for reasoning before every action, reflexion also for a reflection between episodes, which
+later prompts carry.
 
-Memory "swapped" is the control for the claim that memory is used: an agent that merely gets better at playing, or that
-only profits from more attempts, does not mind; one that reads its reflections does. The last row of the table is
-the environment's scripted player at full skill: the most that can be won within the turn limit.
+Memory "swapped" is the control for the claim that memory is used: an agent that merely gets better
+at playing, or that only profits from more attempts, does not mind; one that reads its reflections
+does. The last row of the table is the environment's scripted player at full skill: the most that
+can be won within the turn limit.
 """
 
 import json
@@ -21,37 +23,63 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import train
-from lamer import Episode, Sampling, Trial
-from train import ENV_OPTIONS, EVAL_SEED, Config, EnvOptions
+import torch
+
+from envs import EVAL_SEED, make_env
+from lamer import MEMORIES, PastEpisode, Trial
+from policy import (
+    Recorder,
+    load_policy,
+    newest_checkpoint,
+    saved_config,
+    scripted_trial,
+    warm_policy,
+)
+from sampler import make_sampler, rollout, summarize
+from train import (
+    DTYPES,
+    SAMPLERS,
+    Config,
+    check_config,
+    check_limits,
+    count_slots,
+    default_device,
+    eval_sampling,
+    make_config,
+    option,
+    parse_flags,
+)
 
 
 @dataclass
-class EvalConfig(EnvOptions):
-    """All options; the flags are built from it. None takes what the policy was trained with."""
+class EvalConfig:
+    """All options; the flags are built from them. What is not given is as in training."""
 
-    model: str | None = None  # a run folder (its newest checkpoint), a checkpoint folder, or a hub name
-    env: str | None = None  # needed for a model that was not trained here
-    memory: str | None = None  # none, history, reflection, both; or swapped
-    prompting: str | None = None  # zero-shot, react or reflexion: a baseline's prompts and memory
-    episodes: int | None = None  # attempts per task; 3 for a policy trained by RL on single episodes
-    num_tasks: int = 256  # fixed tasks
-    temperature: float | None = None  # 1 for the tiny policy, 0.7 for others (paper); 0 takes the likeliest token
-    top_p: float | None = None  # 1 for the tiny policy, 0.8 for others (paper)
-    top_k: int | None = None  # 0 (off) for the tiny policy, 20 for others (paper)
-    seed: int = 0  # of the sampling; the tasks stay the same
-    json: str | None = None  # write the result to this file
-    show: int = 0  # print this many trials
-    sampler: str | None = None  # slots or generate
-    slots: int | None = None  # trials decoded at once
-    max_prompt: int | None = None  # tokens
-    max_reply: int | None = None  # tokens
-    device: str | None = None  # cpu or cuda
-    dtype: str | None = None  # float32 or bfloat16
+    model: str = option("", "a run folder (its newest checkpoint), a checkpoint folder, a hub name")
+    env: str = option("", "needed for a model that was not trained here")
+    memory: str = option("", "as in training, or swapped", choices=(*MEMORIES, "swapped"))
+    prompting: str = option(
+        "", "a baseline's prompts and memory", choices=("zero-shot", "react", "reflexion")
+    )
+    episodes: int = option(3, "attempts per task; as in training, 3 for RL policies", least=1)
+    num_tasks: int = option(256, "fixed tasks", least=1)
+    temperature: float = option(1.0, "1 for the tiny policy, else 0.7 (paper); 0: likeliest token")
+    top_p: float = option(1.0, "1 for the tiny policy, else 0.8 (paper)")
+    top_k: int = option(0, "0 (off) for the tiny policy, else 20 (paper)", least=0)
+    seed: int = option(0, "of the sampling; the tasks stay the same", least=0)
+    json: str = option("", "write the result to this file")
+    show: int = option(0, "print this many trials", least=0)
+    sampler: str = option("continuous", "or generate", choices=SAMPLERS)
+    slots: int = option(0, "trials decoded at once; 0: as many as fit", least=0)
+    max_prompt: int = option(2048, "tokens; as in training", least=1)
+    max_reply: int = option(1024, "tokens; as in training", least=1)
+    device: str = option("cuda", "cpu or cuda")
+    dtype: str = option("bfloat16", "float32 or bfloat16", choices=DTYPES)
+    env_options: dict[str, Any] = field(default_factory=dict)
 
 
 PROMPTING = {
@@ -59,148 +87,180 @@ PROMPTING = {
     "react": dict(style="full", memory="none"),
     "reflexion": dict(style="full", memory="reflection"),
 }
+EVAL_PY_DRAWS = 2**33  # in the place of a step: draws that no training run has made
 
 
 def wilson(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
-    """95% interval of a share (Wilson's score interval), which stays inside [0, 1]. wilson(0, 10) is (0.0, 0.278)."""
+    """95% interval of a share (Wilson's score interval), which stays inside [0, 1].
+
+    wilson(0, 10) is (0.0, 0.278).
+    """
     share, spread = successes / trials, z * z / trials
     center = (share + spread / 2) / (1 + spread)
     half = z * math.sqrt(share * (1 - share) / trials + spread / trials / 4) / (1 + spread)
     return max(0.0, center - half), min(1.0, center + half)
 
 
-def donors(trials: Sequence[Trial], episodes: int) -> list[list[Episode]]:
-    """For every trial the memory of another task that failed in all episodes but the last, or in all."""
+def donors(trials: Sequence[Trial], episodes: int) -> list[list[PastEpisode]]:
+    """For every trial the memory of another task, one that failed in all episodes but the last."""
     full = [trial for trial in trials if len(trial.past) == episodes - 1]
     if len({trial.seed for trial in full}) < 2:
-        raise ValueError(f"--memory swapped needs two tasks that fail {episodes - 1} times; use more --num_tasks")
+        raise ValueError(
+            f"--memory swapped needs two tasks that fail {episodes - 1} times; use more --num_tasks"
+        )
     chosen = []
     for i, trial in enumerate(trials):
-        others = [other for other in (full[i % len(full) :] + full[: i % len(full)])[:2] if other.seed != trial.seed]
-        chosen.append(others[0].past)
+        donor = full[i % len(full)]
+        if donor.seed == trial.seed:
+            donor = full[(i + 1) % len(full)]
+        chosen.append(donor.past)
     return chosen
-
-
-def play(config: Config, sampler: Any, seeds: Sequence[int], sampling: Sampling, swapped: bool) -> list[Trial]:
-    """One trial of every task; with `swapped` a second one that sees the memory of another task's first one."""
-    ids = range(len(seeds))
-    trials = train.rollout(config, sampler, seeds, ids, sampling)
-    if swapped:
-        trials = train.rollout(config, sampler, seeds, ids, sampling, borrowed=donors(trials, config.episodes))
-    return trials
 
 
 def play_scripted(config: Config, seeds: Sequence[int]) -> list[Trial] | None:
     """The scripted player at full skill on the same tasks; None if the environment has none."""
-    if not train.env_of(config).has_scripted_player():
+    env = make_env(config.env, **config.env_options)
+    if not env.has_scripted_player():
         return None
-    options = dict(episodes=config.episodes, chat=train.Recorder(), skill=1.0, rng=random.Random(0))
-    return [train.scripted_trial(train.env_of(config), seed, memory="none", **options) for seed in seeds]
+    options = dict(chat=Recorder(), skill=1.0, rng=random.Random(0), memory="none")
+    return [scripted_trial(env, seed, config.episodes, **options) for seed in seeds]
 
 
 def result(config: Config, trials: Sequence[Trial]) -> dict[str, Any]:
     """What the trials show, as plain numbers."""
-    train.compute_returns(config, trials)
-    won = [sum(trial.success_after(k + 1) for trial in trials) for k in range(config.episodes)]
-    env = train.env_of(config)
-    first = Counter(str(env.parse(trial.turns[0].reply)[0]) for trial in trials)
-    scores = [trial.info["task_score"] for trial in trials if "task_score" in trial.info]  # WebShop
-    extra = {"task_score": sum(scores) / len(scores)} if scores else {}
-    for kind in sorted({trial.info["task_type"] for trial in trials if "task_type" in trial.info}):  # ALFWorld
-        same = [trial for trial in trials if trial.info.get("task_type") == kind]
-        shares = [sum(trial.success_after(k + 1) for trial in same) / len(same) for k in range(config.episodes)]
-        extra.setdefault("success_by_type", {})[kind] = shares
-    return {
-        **train.summarize(trials, config.episodes),
-        "ci95": [wilson(successes, len(trials)) for successes in won],
+    env = make_env(config.env, **config.env_options)
+    wins = [sum(trial.success_after(k + 1) for trial in trials) for k in range(config.episodes)]
+    first_actions = Counter(str(env.parse(trial.turns[0].reply)[0]) for trial in trials)
+    row = {
+        **summarize(trials, config),
+        "ci95": [wilson(won, len(trials)) for won in wins],
         "num_tasks": len(trials),
         "episodes": config.episodes,
         "first_episode_reward": sum(sum(trial.rewards()[0]) for trial in trials) / len(trials),
-        "first_actions": dict(first.most_common()),
-        **extra,
+        "first_actions": dict(first_actions.most_common()),
     }
+    scores = [trial.info["task_score"] for trial in trials if "task_score" in trial.info]
+    if scores:  # WebShop
+        row["task_score"] = sum(scores) / len(scores)
+    kinds = sorted({trial.info["task_type"] for trial in trials if "task_type" in trial.info})
+    if kinds:  # ALFWorld
+        row["success_by_type"] = {}
+    for kind in kinds:
+        same = [trial for trial in trials if trial.info.get("task_type") == kind]
+        shares = [sum(t.success_after(k + 1) for t in same) / len(same) for k in range(len(wins))]
+        row["success_by_type"][kind] = shares
+    return row
 
 
 def table_row(name: str, row: dict[str, Any]) -> str:
     """One line of the table for people."""
-    cells = [f"{s:6.1%} [{low:4.0%},{high:5.0%}]" for s, (low, high) in zip(row["success"], row["ci95"], strict=True)]
-    return f"{name:28s}" + "".join(f"{cell:>22s}" for cell in cells) + f"{row['return']:9.2f}{row['valid']:8.0%}"
+    cells = []
+    for share, (low, high) in zip(row["success"], row["ci95"], strict=True):
+        cells.append(f"{f'{share:6.1%} [{low:4.0%},{high:5.0%}]':>22s}")
+    return f"{name:28s}{''.join(cells)}{row['return']:9.2f}{row['valid']:8.0%}"
 
 
-def prepare(argv: Sequence[str]) -> tuple[EvalConfig, Config, str]:
-    """The flags, the options of the policy's run as these flags change them, and the folder or name to load."""
-    given = EvalConfig(**train.parse_flags(EvalConfig, argv, __doc__))
-    if given.model is None:
+def prepare(argv: Sequence[str]) -> tuple[dict[str, Any], Config, str]:
+    """The flags given, the options of the policy's run as they change them, and what to load."""
+    given = parse_flags(EvalConfig, argv, __doc__)
+    check_limits(EvalConfig, given)
+    if "model" not in given:
         raise ValueError("--model is needed: a run folder, a checkpoint folder, or a hub name")
-    if given.temperature is not None and given.temperature < 0:
-        raise ValueError(f"--temperature must be 0 (the likeliest token) or more, got {given.temperature}")
-    if given.top_p is not None and not 0 < given.top_p <= 1:
-        raise ValueError(f"--top_p must be above 0 and at most 1, got {given.top_p}")
-    if given.num_tasks < 1:
-        raise ValueError(f"--num_tasks must be at least 1, got {given.num_tasks}")
-    if given.json and not Path(given.json).absolute().parent.is_dir():
-        raise ValueError(f"--json {given.json}: there is no such folder")
-    if given.prompting and given.memory:
+    if given.get("temperature", 0) < 0:
+        raise ValueError(f"--temperature must be 0 (likeliest) or more, got {given['temperature']}")
+    if not 0 < given.get("top_p", 1) <= 1:
+        raise ValueError(f"--top_p must be above 0 and at most 1, got {given['top_p']}")
+    if "json" in given and not Path(given["json"]).absolute().parent.is_dir():
+        raise ValueError(f"--json {given['json']}: there is no such folder")
+    if "prompting" in given and "memory" in given:
         raise ValueError("--prompting sets the memory itself; leave out --memory")
-    if given.prompting and given.prompting not in PROMPTING:
-        raise ValueError(f"--prompting must be one of {', '.join(PROMPTING)}, not {given.prompting!r}")
-    source = train.newest_checkpoint(given.model)
-    saved = train.saved_config(source)
-    if not saved and given.env is None:
-        raise ValueError(f"--model {given.model} was not trained here, so it needs an --env")
-    if saved and given.env not in (None, saved["env"]):
-        saved = {k: v for k, v in saved.items() if k not in (*ENV_OPTIONS, "episodes", "max_prompt", "max_reply")}
-    changes = {f.name: value for f in fields(Config) if (value := getattr(given, f.name, None)) is not None}
-    changes |= {"model": source, "seed": given.seed, "temperature": 1.0, "device": given.device}
-    if saved.get("episodes") == 1:  # RL on single episodes: independent attempts
-        changes = {"episodes": 3, "memory": "none"} | changes
-    if given.memory == "swapped":
+    source = newest_checkpoint(given["model"])
+    saved = saved_config(source)
+    if not saved and "env" not in given:
+        raise ValueError(f"--model {given['model']} was not trained here, so it needs an --env")
+
+    names = {each.name for each in fields(Config)} - {"temperature", "env_options", "num_tasks"}
+    changes = {name: value for name, value in given.items() if name in names}
+    changes["model"] = source
+    is_swapped = given.get("memory") == "swapped"
+    if is_swapped:
         changes["memory"] = saved.get("memory", "reflection")
         if changes["memory"] == "none":
-            raise ValueError("--memory swapped: this policy was trained without memory, so there is none to swap")
-        if given.episodes == 1:
+            raise ValueError("--memory swapped: this policy was trained without memory to swap")
+        if given.get("episodes") == 1:
             raise ValueError("--memory swapped needs at least 2 --episodes")
-    config = train.resolve(Config(**{**saved, **changes}))
-    if given.prompting:
+    if saved.get("episodes") == 1:  # RL on single episodes: independent attempts
+        changes = {"episodes": 3, "memory": "none"} | changes
+    env_options = given.get("env_options", {})
+    if not saved:
+        config = make_config(**changes, env_options=env_options)
+    else:
+        if given.get("env", saved["env"]) == saved["env"]:
+            env_options = saved["env_options"] | env_options
+        else:  # another game: its own lengths, and nothing of this one's options
+            lengths = make_config(env=given["env"], model=source)
+            for name in ("episodes", "max_prompt", "max_reply"):
+                saved[name] = getattr(lengths, name)
+            env_options = lengths.env_options | env_options
+        saved |= {"device": default_device()}
+        config = check_config(Config(**saved | changes | {"env_options": env_options}))
+    if "prompting" in given:
         if config.style == "compact":
-            raise ValueError("--prompting is for models that understand instructions; for the tiny one use --memory")
-        vars(config).update(PROMPTING[given.prompting])
-    return given, config, str(train.warm_policy(config)) if source == "tiny" else source
+            raise ValueError(
+                "--prompting is for models that understand instructions; for the tiny one use "
+                "--memory"
+            )
+        vars(config).update(PROMPTING[given["prompting"]])
+    return given, config, str(warm_policy(config)) if source == "tiny" else source
 
 
 def main(argv: Sequence[str]) -> None:
     try:
         given, config, source = prepare(argv)
-        train.env_of(config).reset(seed=EVAL_SEED)
-        model, chat = train.load_policy(source, config.dtype, config.device)
-        sampler = train.make_sampler(config, model, chat, given.num_tasks)
-        own = {k: getattr(given, k) for k in ("temperature", "top_p", "top_k") if getattr(given, k) is not None}
-        sampling = train.eval_sampling(config, seed=given.seed, step=2**33, **own)
-        seeds = [EVAL_SEED + i for i in range(given.num_tasks)]
-        trials = play(config, sampler, seeds, sampling, given.memory == "swapped")
+        num_tasks = given.get("num_tasks", EvalConfig.num_tasks)
+        model, chat = load_policy(source, getattr(torch, config.dtype), config.device)
+        sampler = make_sampler(config, model, chat, count_slots(config, model, num_tasks))
+        how = {name: given[name] for name in ("temperature", "top_p", "top_k") if name in given}
+        sampling = eval_sampling(config, seed=given.get("seed", 0), step=EVAL_PY_DRAWS, **how)
+        seeds = [EVAL_SEED + i for i in range(num_tasks)]
+        trials = rollout(config, sampler, seeds, range(num_tasks), sampling)
+        if given.get("memory") == "swapped":  # once more, with the memory of these
+            borrowed = donors(trials, config.episodes)
+            trials = rollout(config, sampler, seeds, range(num_tasks), sampling, borrowed)
     except ValueError as error:
         sys.exit(f"eval.py: {error}")
 
-    memory = given.memory if given.memory == "swapped" else config.memory
-    row = {"env": config.env, "model": source, "memory": memory, "prompting": given.prompting, "seed": given.seed}
-    row |= {name: getattr(sampling, name) for name in ("temperature", "top_p", "top_k")} | result(config, trials)
-    row["environment"] = {k: getattr(config, k) for k in ENV_OPTIONS if getattr(config, k) is not None}
+    memory = given.get("memory", config.memory)
+    row = {
+        "env": config.env,
+        "environment": config.env_options,
+        "model": source,
+        "memory": memory,
+        "prompting": given.get("prompting"),
+        "seed": sampling.seed,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        **result(config, trials),
+    }
+    temperature = f"temperature {sampling.temperature:g}"
+    print(f"{config.env}, {num_tasks} tasks, {temperature}, success with 95% interval\n")
     head = "".join(f"{f'after {k + 1}':>22s}" for k in range(config.episodes))
-    print(f"{config.env}, {len(seeds)} tasks, temperature {sampling.temperature:g}, success with 95% interval\n")
     print(f"{'':28s}{head}   return   valid")
-    how = given.prompting or f"memory {memory}"
-    print(table_row(f"{Path(source).name}, {how}", row))
+    name = given.get("prompting", f"memory {memory}")
+    print(table_row(f"{Path(source).name}, {name}", row))
     for kind, success in row.get("success_by_type", {}).items():
         print(f"  {kind:26s}" + "".join(f"{share:22.1%}" for share in success))
     if "task_score" in row:
         print(f"  mean task score {row['task_score']:.3f}")
-    if scripted := play_scripted(config, seeds):
+    scripted = play_scripted(config, seeds)
+    if scripted:
         row["scripted"] = result(config, scripted)
         print(table_row("scripted player, full skill", row["scripted"]))
-    for trial in trials[: given.show]:
+    for trial in trials[: given.get("show", 0)]:
         print(f"\n{trial}")
-    if given.json:
-        Path(given.json).write_text(json.dumps(row, indent=1) + "\n")
+    if "json" in given:
+        Path(given["json"]).write_text(json.dumps(row, indent=1) + "\n")
 
 
 if __name__ == "__main__":
@@ -210,5 +270,5 @@ if __name__ == "__main__":
         sys.exit("eval.py: stopped")
     except OSError as error:
         sys.exit(f"eval.py: {error}")
-    except train.torch.OutOfMemoryError:
+    except torch.OutOfMemoryError:
         sys.exit("eval.py: out of GPU memory; lower --slots or --max_prompt")

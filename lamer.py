@@ -1,27 +1,29 @@
-"""LaMer: meta-RL that teaches a language model to explore, as one file (Jiang et al., ICLR 2026, arXiv 2512.16848).
+"""LaMer: meta-RL that teaches a language model to explore (Jiang et al., ICLR 2026).
 
-A *trial* is up to N episodes of the same task from the same initial state. After an episode that fails, the model
-writes a reflection; the next episode's prompts carry it. Returns cross episodes with the discount gamma_traj, so an
-early episode is paid for what it lets later ones achieve: that is what makes exploring worth learning. At test time
-only the context adapts.
+*Meta-RL Induces Exploration in Language Agents*, arXiv 2512.16848. This file is the method.
+
+A *trial* is up to N episodes of the same task from the same initial state. After an episode that
+fails, the model writes a reflection; the next episode's prompts carry it. Returns cross episodes
+with the discount gamma_traj, so an early episode is paid for what it lets later ones achieve: that
+is what makes exploring worth learning. At test time only the context adapts.
 
 Read from the top; the data flows in this order:
 
-    run_trial              one trial as a generator: yields prompts, receives replies, ends as a Trial
-    SlotSampler.run        plays hundreds of trials at once with one model; nobody waits for the slowest
+    run_trial              one trial as a coroutine: yields prompts, receives replies
+    play_prompt            what the model is asked, its memory included
     compute_returns        G_t(n) = g_t(n) + sum_{m>n} gamma_traj^(m-n) g_0(m)
     compute_advantages     G minus what the same task's other trials got at the same point
+    Policy                 turns in, log-probabilities of their reply tokens out
     update                 clipped policy gradient on every reply token, reflections included
 
-A Turn is one model call and the unit of training. Each stage fills its own fields and overwrites none. Environments
-are known only by the interface in envs.py.
+A Turn is one model call and the unit of training. Each stage fills its own fields and overwrites
+none. Environments are known only by the interface in envs.py. The replies come from sampler.py.
 """
 
 import math
-import re
-import weakref
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, groupby
@@ -31,24 +33,24 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.utils.checkpoint import checkpoint
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
-from transformers.cache_utils import Cache, CacheLayerMixin
 
 from envs import Env, between
 
-# ------------------------------------------------------------------------------------------- the trial
+# ------------------------------------------------------------------------------ the trial
 
 
 @dataclass
 class Turn:
-    """One model call: what was asked, what was answered, what it earned. `logps` are those of the sampling policy."""
+    """One model call: what was asked, what was answered, what it earned."""
 
     episode: int  # 0-based
     phase: str  # "play" or "reflect"
     prompt_ids: list[int]
     reply_ids: list[int]  # exactly as sampled, the end token included; what is trained on
-    logps: list[float]  # one per reply token
+    logps: list[float]  # of the reply tokens, as the sampler drew them
     reply: str
     observation: str  # what the environment showed before
     reward: float  # of the environment; 0 for a reflection
@@ -58,12 +60,13 @@ class Turn:
     penalty: float = 0.0  # what an invalid reply cost; `ret` is after it
     value: float = 0.0  # the value head's estimate of the return, set by compute_values (ppo only)
     advantage: float = 0.0  # set by compute_advantages
+    old_logps: list[float] = field(default_factory=list)  # what ratios are measured against
 
 
-Records = Sequence[tuple[str, str, bool]]  # (action, observation after it, done) of every turn of an episode
+Records = Sequence[tuple[str, str, bool]]  # (action, observation after it, done), one per turn
 
 
-class Episode(NamedTuple):
+class PastEpisode(NamedTuple):
     """What memory keeps of a failed episode."""
 
     records: Records
@@ -77,7 +80,7 @@ class Trial:
     seed: int  # the task
     episodes: int  # N, as planned; a trial ends earlier at the first success
     turns: list[Turn] = field(default_factory=list)
-    past: list[Episode] = field(default_factory=list)  # what later episodes can see of each failed one
+    past: list[PastEpisode] = field(default_factory=list)  # what later episodes can see
     won_in: int | None = None  # the episode that solved the task
     info: dict[str, Any] = field(default_factory=dict)  # the environment's, after the last turn
     num_shortened: int = 0  # prompts that had to be shortened
@@ -86,23 +89,35 @@ class Trial:
         """Whether the task was solved within the first `episodes` episodes."""
         return self.won_in is not None and self.won_in < episodes
 
+    def rewards(self, kind: str = "env") -> list[list[float]]:
+        """Rewards of the play turns, one list per episode played.
+
+        With kind "success" only the win counts, with 10. Where early rewards are kept and a trial
+        ends at the first win, a large gamma_traj can pay for putting the win off: the control.
+        """
+        played = [turn for turn in self.turns if turn.phase == "play"]
+        rewards = [turn.reward for turn in played]
+        if kind == "success":
+            rewards = [0.0] * len(played)
+            if self.won_in is not None:
+                rewards[-1] = 10.0
+        pairs = zip(played, rewards, strict=True)
+        by_episode = groupby(pairs, key=lambda pair: pair[0].episode)
+        return [[reward for _, reward in episode] for _, episode in by_episode]
+
     def __str__(self) -> str:
         """The trial as a person would read it."""
         outcome = "not solved" if self.won_in is None else f"solved in episode {self.won_in + 1}"
         lines = [f"=== task {self.seed}: {outcome}"]
         for turn in self.turns:
-            lines.append(f"--- episode {turn.episode + 1}, {turn.phase}\n{turn.observation}\n>>> {turn.reply}")
-            lines[-1] += "" if turn.is_valid else "  [not valid]"
-            lines[-1] += f"  [reward {turn.reward:g}]" if turn.phase == "play" else ""
+            lines.append(f"--- episode {turn.episode + 1}, {turn.phase}\n{turn.observation}")
+            reply = f">>> {turn.reply}"
+            if not turn.is_valid:
+                reply += "  [not valid]"
+            if turn.phase == "play":
+                reply += f"  [reward {turn.reward:g}]"
+            lines.append(reply)
         return "\n".join(lines)
-
-    def rewards(self, kind: str = "env") -> list[list[float]]:
-        """Rewards of the play turns, one list per episode played; with "success" 10 for the win and no other."""
-        played = [turn for turn in self.turns if turn.phase == "play"]
-        wins = [10.0 * (self.won_in is not None and turn is played[-1]) for turn in played]
-        rewards = wins if kind == "success" else [turn.reward for turn in played]
-        pairs = zip(played, rewards, strict=True)
-        return [[reward for _, reward in same] for _, same in groupby(pairs, key=lambda pair: pair[0].episode)]
 
 
 class Prompt(NamedTuple):
@@ -127,65 +142,176 @@ def run_trial(
     env: Env,
     seed: int,
     episodes: int,
-    chat: "Chat",
+    chat: Any,
     memory: str = "reflection",
     style: str = "full",
     max_prompt: int = 2048,
-    borrowed: Sequence[Episode] | None = None,
+    borrowed: Sequence[PastEpisode] | None = None,
 ) -> Generator[Prompt, Reply, Trial]:
     """Play one trial: yields a Prompt, receives a Reply, returns the Trial.
 
-    `memory` says what later episodes see of a failed one; with "none" the episodes are independent attempts.
-    `borrowed` is what they see instead, from a trial of another task: the control that shows whether memory is used.
+    `chat` turns text into token ids (sampler.Chat). `memory` says what later episodes see of a
+    failed one; with "none" the episodes are independent attempts. `borrowed` is what they see
+    instead, from a trial of another task: the control that shows whether memory is used.
     """
     trial = Trial(seed, episodes)
-
-    def fit(write: Callable[[int, int], str], length: int) -> list[int]:
-        """Encode a prompt; over the limit, first the oldest history goes, then the oldest memory, then the middle."""
-        cuts = [(n, 0) for n in range(max(1, length), 0, -1)] + [(1, n + 1) for n in range(len(trial.past))]
-        for i, (keep, forget) in enumerate(cuts):
-            ids = chat.encode(write(keep, forget))
-            if len(ids) <= max_prompt:
-                return ids
-            trial.num_shortened += i == 0
-        half = max_prompt // 2
-        return ids[:half] + ids[half - max_prompt :]
-
     for episode in range(episodes):
         initial, _ = env.reset(seed=seed)
+        past = trial.past if borrowed is None else borrowed[:episode]
         observation, records, done = initial, [], False
-        seen = trial.past if borrowed is None else borrowed[:episode]
         while not done:
             before, anchor = observation, env.anchor()
-            ids = fit(partial(play_prompt, env, style, memory, initial, seen, episode, records), env.history_length)
-            reply = yield Prompt("play", ids)
+            write = partial(play_prompt, env, style, memory, initial, past, episode, records)
+            prompt_ids, is_shortened = fit(write, chat, env.history_length, len(past), max_prompt)
+            trial.num_shortened += int(is_shortened)
+            reply = yield Prompt("play", prompt_ids)
             action, is_valid = env.parse(reply.text)
             observation, reward, terminated, truncated, info = env.step(action)
             done = terminated or truncated or len(records) + 1 >= env.turn_limit
             records.append((str(action), observation, done))
-            anchor = before if anchor is None else anchor
-            trial.turns.append(Turn(episode, "play", ids, *reply, before, float(reward), is_valid, anchor))
+            turn = Turn(
+                episode=episode,
+                phase="play",
+                prompt_ids=prompt_ids,
+                reply_ids=reply.ids,
+                logps=reply.logps,
+                reply=reply.text,
+                observation=before,
+                reward=float(reward),
+                is_valid=is_valid,
+                anchor=before if anchor is None else anchor,
+            )
+            trial.turns.append(turn)
         trial.info = info
-        if info.get("won", terminated and reward > 0):
+        if info.get("won", terminated and reward > 0):  # a plain Gymnasium game may not say "won"
             trial.won_in = episode
         if trial.won_in is not None or episode + 1 == episodes:
             return trial
         reflection = ""
         if memory in ("reflection", "both"):
-            ids = fit(partial(reflection_prompt, env, style, initial, episode, records), len(records))
-            reply = yield Prompt("reflect", ids)
+            write = partial(reflection_prompt, env, style, initial, episode, records)
+            prompt_ids, is_shortened = fit(write, chat, len(records), 0, max_prompt)
+            trial.num_shortened += int(is_shortened)
+            reply = yield Prompt("reflect", prompt_ids)
             reflection, is_valid = parse_reflection(reply.text)
-            trial.turns.append(Turn(episode, "reflect", ids, *reply, observation, 0.0, is_valid, "reflection"))
-        trial.past.append(Episode(records, reflection))
+            turn = Turn(
+                episode=episode,
+                phase="reflect",
+                prompt_ids=prompt_ids,
+                reply_ids=reply.ids,
+                logps=reply.logps,
+                reply=reply.text,
+                observation=observation,
+                reward=0.0,
+                is_valid=is_valid,
+                anchor="reflection",
+            )
+            trial.turns.append(turn)
+        trial.past.append(PastEpisode(records, reflection))
 
 
 def parse_reflection(reply: str) -> tuple[str, bool]:
-    """The reflection inside <remark> </remark>, cut at 2,000 characters, and whether both tags were there."""
+    """The text inside <remark> </remark>, cut at 2,000 characters, and whether both tags stood."""
     text = between(reply, "<remark>", "</remark>")
     return (text or "").strip()[:2000], text is not None
 
 
-# ----------------------------------------------------------------------------------------- the prompts
+# ---------------------------------------------------------------------------- the prompts
+
+
+def fit(
+    write: Callable[[int, int], str], chat: Any, history: int, num_past: int, max_prompt: int
+) -> tuple[list[int], bool]:
+    """Encode the prompt that `write(history, forget)` gives; returns its ids and if it was cut.
+
+    A prompt over the limit first loses its oldest history, then the oldest of the `num_past`
+    remembered episodes, at last its own middle.
+    """
+    cuts = [(length, 0) for length in range(max(1, history), 0, -1)]
+    cuts += [(1, forget) for forget in range(1, num_past + 1)]
+    for cut in cuts:
+        ids = chat.encode(write(*cut))
+        if len(ids) <= max_prompt:
+            return ids, cut != cuts[0]
+    half = max_prompt // 2
+    return ids[:half] + ids[half - max_prompt :], True
+
+
+def play_prompt(
+    env: Env,
+    style: str,
+    memory: str,
+    initial: str,
+    past: Sequence[PastEpisode],
+    episode: int,
+    records: Records,
+    history: int = 7,
+    forget: int = 0,
+) -> str:
+    """The prompt of one play turn: s_t(n) and the memory H(n).
+
+    "full" asks for reasoning before the action, "direct" for the action alone. "compact" has the
+    same sections in the same order for the tiny policy, in a form a small model can learn within
+    minutes: a reflection that redraws a board stands at a constant distance from the present one.
+    `history` turns are shown of an episode; the oldest `forget` episodes are left out.
+    """
+    # What is fixed stands first, what changes last, since the sampler re-uses common prefixes.
+    sections = [env.rules("compact" if style == "compact" else "full")]
+    if style != "compact":
+        sections.append(f"The task at the start:\n{initial}")
+    seen = past[forget:] if memory != "none" else ()
+    for number, old in enumerate(seen, start=forget + 1):
+        events, note = "", ""
+        if memory in ("history", "both"):
+            events = format_history(env, old.records, env.history_observations, history)
+        if memory in ("reflection", "both"):
+            note = old.reflection
+        if style == "compact":
+            sections += ["memory", events, note]
+            continue
+        sections.append(f"Episode {number} did not solve the task.")
+        if events:
+            sections.append(f"What happened in it:\n{events}")
+        if note:
+            sections.append(f"What you noted for the next episodes:\n{note}")
+    options = env.actions()
+    choices = "You can choose from: " + ", ".join(options) if options else ""
+    if style == "compact":
+        sections += ["now", *compact_state(env, initial, records, history), choices, "act"]
+        return join("\n", sections)
+    if seen:
+        sections.append(f"This is episode {episode + 1}, again from the start.")
+    if records:
+        so_far = format_history(env, records, env.history_observations, history)
+        sections.append(f"What you did so far in this episode:\n{so_far}")
+    ask = "Give only" if style == "direct" else "Think step by step, then give"
+    sections += [choices, f"{ask} {env.action_format}."]
+    return join("\n\n", sections)
+
+
+def reflection_prompt(
+    env: Env,
+    style: str,
+    initial: str,
+    episode: int,
+    records: Records,
+    history: int = 7,
+    forget: int = 0,  # earlier episodes are not shown: nothing to forget
+) -> str:
+    """The prompt for a reflection on the episode just failed."""
+    if style == "compact":
+        sections = [env.rules("compact"), initial if env.plans_from_start else "", "now"]
+        sections += [*compact_state(env, initial, records, history), "reflect"]
+        return join("\n", sections)
+    sections = [
+        env.rules("full"),
+        f"The task at the start:\n{initial}",
+        f"Below is episode {episode + 1} of your attempts at this task. It did not solve it.",
+        format_history(env, records, history, history),
+        "Study it: what went wrong, and what did you find out? Then write what the next episode, "
+        "from the same start, should know and do, briefly, inside <remark> </remark>.",
+    ]
+    return join("\n\n", sections)
 
 
 def format_history(env: Env, records: Records, num_observations: int, length: int) -> str:
@@ -195,458 +321,36 @@ def format_history(env: Env, records: Records, num_observations: int, length: in
     """
     lines = []
     for i, (action, observation, done) in [*enumerate(records)][-length:]:
-        is_last = i >= len(records) - num_observations
-        shown = f"\n{observation}" if is_last else f" {env.shorten(observation)}"
+        is_recent = i >= len(records) - num_observations
+        shown = f"\n{observation}" if is_recent else f" {env.shorten(observation)}"
         lines.append(f"Action {i + 1}: {action}\nObservation {i + 1}:{shown}")
         if done:
             break
     return "\n".join(lines)
 
 
-def play_prompt(
-    env: Env,
-    style: str,
-    memory: str,
-    initial: str,
-    past: Sequence[Episode],
-    episode: int,
-    records: Records,
-    length: int = 7,
-    forget: int = 0,
-) -> str:
-    """The prompt of one play turn: what is fixed first, what changes last, since the sampler re-uses common prefixes.
-
-    "full" asks for reasoning before the action, "direct" for the action alone. "compact" has the same sections in the
-    same order for the tiny policy, in a form a small model can learn within minutes: a reflection that redraws a board
-    stands at a constant distance from the present board. `length` records are shown of an episode; `forget` leaves out
-    the oldest episodes.
-    """
-    is_compact, blocks = style == "compact", []
-    history_of = partial(format_history, env, num_observations=env.history_observations, length=length)
-    for number, old in enumerate(past[forget:] if memory != "none" else [], start=forget + 1):
-        history = history_of(old.records) if memory in ("history", "both") else ""
-        note = old.reflection if memory in ("reflection", "both") else ""
-        if is_compact:
-            blocks += ["memory", history, note]
-        else:
-            blocks += [f"Episode {number} did not solve the task."]
-            blocks += [history and f"What happened in it:\n{history}"]
-            blocks += [note and f"What you noted for the next episodes:\n{note}"]
-    options = ["You can choose from: " + ", ".join(admissible)] if (admissible := env.actions()) else []
-    if is_compact:
-        now = compact_state(env, initial, records, length)
-        return join("\n", env.rules("compact"), *blocks, "now", *now, *options, "act")
-    so_far = history_of(records)
-    blocks += [f"This is episode {episode + 1}, again from the start."] * bool(blocks)
-    blocks += [so_far and f"What you did so far in this episode:\n{so_far}"]
-    ask = f"{'Give only' if style == 'direct' else 'Think step by step, then give'} {env.action_format}."
-    return join("\n\n", env.rules("full"), f"The task at the start:\n{initial}", *blocks, *options, ask)
-
-
-def reflection_prompt(
-    env: Env, style: str, initial: str, episode: int, records: Records, length: int = 7, forget: int = 0
-) -> str:
-    """The prompt for a reflection on the episode just failed. Earlier ones are not shown, `forget` is idle."""
-    if style == "compact":
-        now = compact_state(env, initial, records, length)
-        return join("\n", env.rules("compact"), initial if env.plans_from_start else "", "now", *now, "reflect")
-    return join(
-        "\n\n",
-        env.rules("full"),
-        f"The task at the start:\n{initial}",
-        f"Below is episode {episode + 1} of your attempts at this task. It did not solve it.",
-        format_history(env, records, length, length),
-        "Study it: what went wrong, and what did you find out? Then write what the next episode, from the same start, "
-        + "should know and do, briefly, inside <remark> </remark>.",
-    )
-
-
-def compact_state(env: Env, initial: str, records: Records, length: int) -> list[str]:
-    """What compact prompts tell of an episode: the last observation, and what else it takes to know the state."""
+def compact_state(env: Env, initial: str, records: Records, history: int) -> list[str]:
+    """The last observation, and what else it takes to know the state of an episode."""
     if not records:
         return [env.gist(initial)]
-    before = [] if env.is_markov else [env.gist(initial), *(action for action, _, _ in records[-length:])]
-    return [*before, records[-1][1]]
+    lines = []
+    if not env.is_markov:
+        lines = [env.gist(initial), *(action for action, _, _ in records[-history:])]
+    return [*lines, records[-1][1]]
 
 
-def join(separator: str, *sections: str) -> str:
+def join(separator: str, sections: Iterable[str]) -> str:
     """The sections that are not empty."""
     return separator.join(filter(None, sections))
 
 
-class Chat:
-    """Text to token ids and back, in the model's own chat format.
-
-    The template is rendered once, around a marker; a prompt is then head + content + tail. The content is encoded with
-    special tokens switched off, so `<|im_end|>` in a board, a reply or a reflection stays plain text.
-    """
-
-    def __init__(self, tokenizer: Any, stop_ids: Iterable[int] = ()):
-        self.tokenizer = tokenizer
-        marker, head, tail = "CONTENT", "", "\n"
-        if tokenizer.chat_template:
-            # Some templates print today's date: a run resumed tomorrow would differ.
-            options = dict(add_generation_prompt=True, enable_thinking=False, date_string="1 January 2026")
-            message = [{"role": "user", "content": marker}]
-            text = tokenizer.apply_chat_template(message, tokenize=False, **options)
-            head, _, tail = text.partition(marker)
-        self.head, self.tail = (tokenizer.encode(text, add_special_tokens=False) for text in (head, tail))
-        self.backend = getattr(tokenizer, "backend_tokenizer", None)  # twice as fast without what is around it
-        if self.backend:
-            self.backend.no_truncation()
-            self.backend.no_padding()
-        # Markers not declared special, such as Qwen3's <think>, are split after their first character to stay text. The
-        # tiny policy's pieces are added tokens on purpose.
-        added = [t.content for t in tokenizer.added_tokens_decoder.values() if not t.special and len(t.content) > 1]
-        cuts = [f"(?<={re.escape(text[0])})(?={re.escape(text[1:])})" for text in added]
-        self.markers = re.compile("|".join(cuts)) if cuts and not tokenizer.init_kwargs.get("is_tiny") else None
-        self.stop_ids = {i for i in (*stop_ids, tokenizer.eos_token_id) if i is not None}
-        if not self.stop_ids:
-            raise ValueError("the tokenizer has no end-of-sequence token, so replies would never end")
-        self.vocab_size = len(tokenizer)  # ids from here on exist in the model only as padding, and are never sampled
-
-    def encode(self, prompt: str) -> list[int]:
-        """Token ids of one user message, up to and including the start of the answer."""
-        return self.head + self.encode_plain(prompt) + self.tail
-
-    def encode_plain(self, text: str) -> list[int]:
-        """Token ids of the text alone, with no special tokens whatever it holds."""
-        if self.backend is None:
-            return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-        self.backend.encode_special_tokens = True
-        pieces = self.markers.split(text) if self.markers else [text]
-        return [i for piece in pieces for i in self.backend.encode(piece, add_special_tokens=False).ids]
-
-    def decode(self, reply_ids: Sequence[int]) -> str:
-        """The text of a reply, without its end token."""
-        ids = reply_ids[:-1] if reply_ids and reply_ids[-1] in self.stop_ids else reply_ids
-        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-
-# ---------------------------------------------------------------------------------------- the samplers
-
-
-def uniforms(*key: int | np.ndarray) -> np.ndarray:
-    """Uniform numbers in [0, 1) that depend on nothing but the key (splitmix64 over its parts).
-
-    Keyed by (seed, step, trial, turn, token), a sampled token depends neither on slots nor on ranks nor on order.
-    """
-    state = np.zeros(np.broadcast_shapes(*(np.shape(part) for part in key)) or (1,), dtype=np.uint64)
-    for part in key:
-        state = (state ^ np.asarray(part, dtype=np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
-        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        state ^= state >> np.uint64(31)
-    return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
-
-
-@dataclass
-class Sampling:
-    """How tokens are drawn. Training draws from the policy itself: temperature as in the loss, top-p and top-k off."""
-
-    seed: int = 0
-    step: int = 0
-    temperature: float = 1.0  # 0 takes the likeliest token
-    top_p: float = 1.0
-    top_k: int = 0  # 0 is off
-
-
-def pick_tokens(logits: Tensor, uniform: np.ndarray, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """Draw one token per row by inverting the cumulative distribution at `uniform`.
-
-    logits (B, V), uniform (B,) -> tokens (B,), log-probabilities (B,) under the distribution drawn from.
-    """
-    if sampling.temperature == 0:
-        logps = logits.float().log_softmax(-1)  # (B, V)
-        tokens = logps.argmax(-1)
-    else:
-        logits = logits.float() / sampling.temperature  # (B, V)
-        if 0 < sampling.top_k < logits.shape[-1]:
-            logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[:, -1:], -math.inf)
-        if sampling.top_p < 1:
-            ordered, order = logits.softmax(-1).sort(-1, descending=True)
-            drop = ordered.cumsum(-1) - ordered >= sampling.top_p  # the first token is always kept
-            logits = logits.masked_fill(drop.scatter(-1, order, drop), -math.inf)
-        logps = logits.log_softmax(-1)  # (B, V)
-        cumulative = logps.double().exp().cumsum(-1)  # (B, V)
-        target = torch.as_tensor(uniform, device=logits.device)[:, None] * cumulative[:, -1:]
-        tokens = torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
-    return tokens, logps.gather(-1, tokens[:, None])[:, 0]
-
-
-class SlotLayer(CacheLayerMixin):
-    """One layer of the key/value cache: a row per slot, preallocated, each row written at its own positions."""
-
-    is_sliding = False
-
-    def __init__(self, view: "SlotCache"):
-        super().__init__()
-        self.view = weakref.proxy(view)  # a cycle would keep the cache alive until Python's collector happens to run
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        shape = self.view.num_slots, key_states.shape[1], self.view.capacity
-        # zeros, not empty: a masked NaN is still NaN
-        self.keys = key_states.new_zeros(*shape, key_states.shape[-1])  # (S, H, C, D)
-        self.values = value_states.new_zeros(*shape, value_states.shape[-1])  # (S, H, C, D)
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write (B, H, T, D) states of the rows in view at their positions; return what these rows hold so far."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        view = self.view
-        self.keys[view.rows[:, None], :, view.positions] = key_states.transpose(1, 2)  # (B, T, H, D)
-        self.values[view.rows[:, None], :, view.positions] = value_states.transpose(1, 2)
-        return self.keys[view.selected, :, : view.width], self.values[view.selected, :, : view.width]
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.view.width, 0
-
-    def get_seq_length(self) -> int:
-        return 0  # positions are given with every pass
-
-    def get_max_length(self) -> int:
-        return self.view.capacity
-
-
-class SlotCache(Cache):
-    """The layers, and which rows, positions and columns the present forward pass works on."""
-
-    def __init__(self, num_layers: int, num_slots: int, capacity: int, device: torch.device):
-        self.num_slots, self.capacity, self.device = num_slots, capacity + 1, device  # the last column is scratch
-        super().__init__(layers=[SlotLayer(self) for _ in range(num_layers)])
-
-    def look_at(self, rows: Sequence[int], positions: np.ndarray, width: int, dtype: torch.dtype) -> Tensor:
-        """Select rows and positions (B, T); returns the additive causal mask (B, 1, T, width)."""
-        self.rows = torch.tensor(rows, device=self.device)
-        self.selected = slice(len(rows)) if list(rows) == list(range(len(rows))) else self.rows
-        self.positions = torch.as_tensor(positions, device=self.device).clamp(max=self.capacity - 1)
-        self.width = width
-        hidden = torch.arange(width, device=self.device) > self.positions[:, :, None]  # (B, T, width)
-        mask = torch.zeros(hidden.shape, dtype=dtype, device=self.device)
-        return mask.masked_fill_(hidden, torch.finfo(dtype).min)[:, None]
-
-    def move_row(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` columns of a row."""
-        for layer in self.layers:
-            for states in (layer.keys, layer.values):
-                states[target, :, :length] = states[source, :, :length]
-
-
-class Slot:
-    """A row of the cache, and the trials that use it, one after the other, as one conversation."""
-
-    def __init__(self, waiting: Iterator[tuple[int, Generator]], finished: list[Trial | None]):
-        self.held: list[int] = []  # token ids whose keys and values the row holds
-        self.talk = self.play(waiting, finished)
-        if prompt := next(self.talk, None):
-            self.take(prompt)
-
-    def play(self, waiting: Iterator[tuple[int, Generator]], finished: list[Trial | None]) -> Generator:
-        """Play trials as long as some wait; `waiting` is shared with the other slots."""
-        for self.index, trial in waiting:
-            self.turn = 0  # model calls of this trial so far
-            finished[self.index] = yield from trial
-
-    def take(self, prompt: Prompt) -> None:
-        """Begin a reply: keep what the row holds of the prompt, the rest is still to be computed."""
-        start = common_prefix(self.held, prompt.ids)
-        self.held, self.rest = prompt.ids[:start], prompt.ids[start:]
-        self.reply: list[int] = []
-        self.logps: list[float] = []
-
-
-class UnsupportedModelError(ValueError):
-    """The slot sampler cannot serve this model."""
-
-
-PREFILL_TOKENS = 8192  # of new prompts computed at once, padding included
-
-
-class SlotSampler:
-    """Plays many trials at once: a fixed number of slots, each a row of one preallocated key/value cache.
-
-    Every pass of the loop gives each live slot one token. A reply that ends goes straight to its trial; of the next
-    prompt only what differs from the tokens the slot holds is computed. When a trial ends, the next waiting one takes
-    the slot. So no trial waits for a slower one. The cache lives no longer than one `run`: weights change between runs,
-    and the update can use its memory.
-    """
-
-    def __init__(self, model: Any, chat: Chat, slots: int, max_prompt: int, max_reply: int):
-        shape = model.config.get_text_config()
-        window = getattr(shape, "sliding_window", None) or math.inf
-        layers = set(getattr(shape, "layer_types", None) or ["full_attention"])
-        if layers != {"full_attention"} or window < max_prompt + max_reply:
-            raise UnsupportedModelError("this model has layers without full attention")
-        if model.config._attn_implementation not in ("eager", "sdpa"):
-            raise UnsupportedModelError("the slot sampler's mask needs eager or sdpa attention")
-        self.model, self.chat, self.num_slots, self.max_reply = model, chat, slots, max_reply
-        self.cache_options = shape.num_hidden_layers, slots, max_prompt + max_reply, model.device
-        self.check()
-
-    @torch.no_grad()
-    def check(self) -> None:
-        """Raise where the model does not take cache, mask or positions as given: compare with a plain pass."""
-        cache, row, ids = SlotCache(*self.cache_options), Slot(iter(()), []), [*range(1, 7)]
-        plain = self.model(torch.tensor([ids], device=self.model.device), use_cache=False).logits[0, -1]  # (V)
-        try:
-            self.forward(cache, [row], [0], [ids[:4]])
-            [ours] = self.forward(cache, [row], [0], [ids[4:]])  # (V)
-        except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
-            raise UnsupportedModelError(f"this model cannot use the slot sampler's cache ({error})") from error
-        plain = plain[: len(ours)]
-        if (ours - plain).norm() > 0.1 * plain.norm():  # far above what bf16 rounds away
-            raise UnsupportedModelError("this model reads a cache in a way of its own")
-
-    @torch.no_grad()
-    def run(self, trials: Sequence[Generator], ids: Sequence[int], sampling: Sampling) -> list[Trial]:
-        """Play all trials to their end; results in the order of trials. `ids` number them for the random draws."""
-        assert not self.model.training, "sampling needs model.eval()"
-        cache = SlotCache(*self.cache_options)
-        waiting, finished = enumerate(trials), [None] * len(trials)
-        slots = [Slot(waiting, finished) for _ in range(min(self.num_slots, len(trials)))]
-        while slots:
-            new = [row for row, slot in enumerate(slots) if not slot.reply]
-            logits = None  # (B, V)
-            if len(new) < len(slots):  # all rows, so that the cache is read in place; new ones idle
-                logits = self.forward(cache, slots, range(len(slots)), [slot.reply[-1:] for slot in slots])
-            # Memory in tokens: what is held is copied to be read, about a quarter of what a new token takes.
-            cost = {row: max(len(slots[row].rest), len(slots[row].held) // 4) for row in new}
-            for rows in fill_batches(new, PREFILL_TOKENS, cost.__getitem__):
-                ready = self.forward(cache, slots, rows, [slots[row].rest for row in rows])
-                logits = ready.new_zeros(len(slots), ready.shape[-1]) if logits is None else logits
-                logits[rows] = ready
-            keys = np.array([(ids[slot.index], slot.turn, len(slot.reply)) for slot in slots]).T
-            tokens, logps = pick_tokens(logits, uniforms(sampling.seed, sampling.step, *keys), sampling)
-            ended = []
-            for row, (slot, token, logp) in enumerate(zip(slots, tokens.tolist(), logps.tolist(), strict=True)):
-                slot.reply.append(token)
-                slot.logps.append(logp)
-                if token in self.chat.stop_ids or len(slot.reply) >= self.max_reply:
-                    slot.turn += 1
-                    try:
-                        slot.take(slot.talk.send(Reply(slot.reply, slot.logps, self.chat.decode(slot.reply))))
-                    except StopIteration:
-                        ended.append(row)
-            for row in reversed(ended):  # keep live slots at the head of the cache, so that decoding reads it in place
-                last = slots.pop()
-                if row < len(slots):
-                    cache.move_row(len(slots), row, len(last.held))
-                    slots[row] = last
-        return finished
-
-    def forward(
-        self, cache: SlotCache, slots: Sequence[Slot], rows: Sequence[int], new: Sequence[Sequence[int]]
-    ) -> Tensor:
-        """Logits (B, V) after the new tokens of these rows, which from now on hold them.
-
-        The padding of a short row, and of a row without new tokens, is written behind what the row holds, where later
-        tokens overwrite it before it is ever seen.
-        """
-        tokens = pad(new).to(self.model.device)  # (B, T)
-        positions = np.array([len(slots[row].held) for row in rows])[:, None] + np.arange(tokens.shape[1])  # (B, T)
-        for row, added in zip(rows, new, strict=True):
-            slots[row].held += added
-        longest = max(len(slots[row].held) for row, added in zip(rows, new, strict=True) if added)
-        width = min(-(-longest // 32) * 32, cache.capacity)  # few distinct widths keep the allocator calm
-        mask = cache.look_at(rows, positions, width, self.model.dtype)
-        hidden = self.model.get_decoder()(
-            input_ids=tokens,
-            position_ids=cache.positions,
-            attention_mask=mask,
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state  # (B, T, h)
-        last = hidden[range(len(rows)), [len(added) - 1 for added in new]]  # (B, h)
-        return self.model.get_output_embeddings()(last)[:, : self.chat.vocab_size]
-
-
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the longest common prefix, short of the whole of `b`: at least one token must be computed."""
-    limit = min(len(a), len(b) - 1)
-    return next((i for i in range(limit) if a[i] != b[i]), limit)
-
-
-def pad(rows: Sequence[Sequence[int]], left: bool = False) -> Tensor:
-    """Pad to a rectangle with id 0; padding is told by length, never by id. [[5, 6], [7]] -> [[5, 6], [7, 0]]"""
-    width = max(len(row) for row in rows)
-    fill = [[0] * (width - len(row)) for row in rows]
-    return torch.tensor([[*f, *row] if left else [*row, *f] for row, f in zip(rows, fill, strict=True)])
-
-
-def fill_batches(items: Iterable, max_tokens: int, length: Callable[[Any], int]) -> list[list]:
-    """Items sorted by length and cut so that each padded rectangle holds at most max_tokens (or one item)."""
-    batches: list[list] = []
-    for item in sorted(items, key=length):
-        if not batches or (len(batches[-1]) + 1) * length(item) > max_tokens:  # the longest so far, since sorted
-            batches.append([])
-        batches[-1].append(item)
-    return batches
-
-
-class GenerateSampler:
-    """The plain reference: `model.generate`, trials in lock-step over turns. Draws the same tokens as SlotSampler."""
-
-    def __init__(self, model: Any, chat: Chat, slots: int, max_prompt: int, max_reply: int):
-        self.model, self.chat, self.num_slots, self.max_reply = model, chat, slots, max_reply
-
-    @torch.no_grad()
-    def run(self, trials: Sequence[Generator], ids: Sequence[int], sampling: Sampling) -> list[Trial]:
-        """Play all trials to their end; see SlotSampler.run."""
-        finished: list[Trial | None] = [None] * len(trials)
-        prompts, turn = {i: next(trial).ids for i, trial in enumerate(trials)}, 0
-        while prompts:
-            live = list(prompts)
-            for start in range(0, len(live), self.num_slots):
-                batch = live[start : start + self.num_slots]
-                draw = DrawTokens(np.array([ids[i] for i in batch]), turn, sampling, self.chat.vocab_size)
-                for i, reply in zip(batch, self.generate([prompts[i] for i in batch], draw), strict=True):
-                    try:
-                        prompts[i] = trials[i].send(reply).ids
-                    except StopIteration as stop:
-                        finished[i] = stop.value
-                        del prompts[i]
-            turn += 1
-        return finished
-
-    def generate(self, prompts: Sequence[Sequence[int]], draw: "DrawTokens") -> Iterator[Reply]:
-        """Reply to every prompt."""
-        tokens = pad(prompts, left=True).to(self.model.device)  # (B, L)
-        is_content = pad([[1] * len(prompt) for prompt in prompts], left=True).to(self.model.device)  # (B, L)
-        plain = GenerationConfig(  # not the model's own: a repetition penalty, say, would make it another policy
-            do_sample=False, max_new_tokens=self.max_reply, eos_token_id=sorted(self.chat.stop_ids), pad_token_id=0
-        )
-        self.model.generate(
-            tokens, attention_mask=is_content, generation_config=plain, logits_processor=LogitsProcessorList([draw])
-        )
-        sampled, sampled_logps = torch.stack(draw.tokens, 1).tolist(), torch.stack(draw.logps, 1).tolist()
-        for row, logps in zip(sampled, sampled_logps, strict=True):
-            end = next((i + 1 for i, token in enumerate(row) if token in self.chat.stop_ids), len(row))
-            yield Reply(row[:end], logps[:end], self.chat.decode(row[:end]))
-
-
-class DrawTokens(LogitsProcessor):
-    """Makes greedy `generate` emit the tokens that `pick_tokens` draws, and keeps them."""
-
-    def __init__(self, ids: np.ndarray, turn: int, sampling: Sampling, vocab_size: int):
-        self.ids, self.turn, self.sampling, self.vocab_size = ids, turn, sampling, vocab_size
-        self.tokens: list[Tensor] = []
-        self.logps: list[Tensor] = []
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        uniform = uniforms(self.sampling.seed, self.sampling.step, self.ids, self.turn, len(self.tokens))
-        tokens, logps = pick_tokens(scores[:, : self.vocab_size], uniform, self.sampling)
-        self.tokens.append(tokens)
-        self.logps.append(logps)
-        return torch.full_like(scores, -math.inf).scatter(-1, tokens[:, None], 0.0)
-
-
-# ------------------------------------------------------------------------------ returns and advantages
+# ------------------------------------------------------------------------------- returns
 
 
 def discounted(rewards: Sequence[float], gamma_step: float, tail: float = 0.0) -> list[float]:
-    """Discounted sums from every turn on; `tail` stands in the place of a next return at the last turn, undiscounted.
+    """Discounted sums from every turn on (eq. 1).
 
+    `tail` stands where a next return would stand at the last turn, undiscounted.
     discounted([0, 0, 10], 0.5) == [2.5, 5.0, 10.0]
     """
     returns = []
@@ -659,7 +363,7 @@ def discounted(rewards: Sequence[float], gamma_step: float, tail: float = 0.0) -
 def cross_episode_returns(
     rewards: Sequence[Sequence[float]], credit: str, gamma_step: float, gamma_traj: float
 ) -> list[list[float]]:
-    """G_t(n) of every play turn, for rewards[n][t] (README, equations 1 and 2; official: its recursion).
+    """G_t(n) of every play turn, for rewards[n][t] (eq. 2).
 
     paper:    G_t(n) = g_t(n) + sum_{m>n} gamma_traj^(m-n) g_0(m)
     official: one recursion, so that gamma_step also discounts what comes from later episodes
@@ -683,202 +387,267 @@ def compute_returns(
     invalid_penalty: float = 0.5,
     reward: str = "env",
 ) -> None:
-    """Set `ret` of every turn: the cross-episode return; a reflection gets G_0 of the episode it prepares.
+    """Set `ret` of every turn: the cross-episode return, for `reward` see Trial.rewards.
 
-    With `reward` "success" nothing but the win counts, with 10. Where early rewards are kept and a trial ends at the
-    first win, a large gamma_traj can pay for putting the win off; this is the control.
+    A reflection gets G_0 of the episode it prepares, undiscounted (eq. 3).
     """
     for trial in trials:
         returns = cross_episode_returns(trial.rewards(reward), credit, gamma_step, gamma_traj)
         played = chain.from_iterable(returns)
         for turn in trial.turns:
-            turn.penalty = invalid_penalty * (not turn.is_valid)
-            turn.ret = (next(played) if turn.phase == "play" else returns[turn.episode + 1][0]) - turn.penalty
+            turn.penalty = 0.0 if turn.is_valid else invalid_penalty
+            ret = next(played) if turn.phase == "play" else returns[turn.episode + 1][0]
+            turn.ret = ret - turn.penalty
+
+
+# ----------------------------------------------------------------------------- advantages
+
+ESTIMATORS = ("reinforce", "rloo", "grpo", "gigpo", "ppo")
+
+
+def compute_advantages(
+    groups: Iterable[Sequence[Trial]],
+    estimator: str,
+    advantage_norm: str = "mean",
+    step_weight: float = 1.0,
+) -> None:
+    """Set `advantage` of every turn (eq. 4); a group is the trials of one task.
+
+    Episode and phase are part of every key: memory differs between episodes, so equal boards are
+    not equal states, and a baseline over all episodes would punish the very action that made the
+    next one succeed.
+
+    reinforce: G minus its mean over the group's rows of the same episode and phase; rloo: minus
+               the mean of the others; grpo: also divided by the standard deviation.
+    gigpo:     E + step_weight * P. E: the member's G_0(n) minus the mean over members that played
+               episode n, 0 for reflections. P: G minus its mean over rows with the same episode,
+               phase and anchor.
+    ppo:       see `ppo_advantages`.
+    """
+    norm = norm_of(estimator, advantage_norm)
+    for group in groups:
+        turns = [turn for trial in group for turn in trial.turns]
+        if estimator != "gigpo":
+            for same in sets_by(lambda turn: (turn.episode, turn.phase), turns):
+                for turn, value in zip(same, center([t.ret for t in same], norm), strict=True):
+                    turn.advantage = value
+            continue
+        for same in sets_by(lambda turn: (turn.episode, turn.phase, turn.anchor), turns):
+            for turn, value in zip(same, center([t.ret for t in same], norm), strict=True):
+                turn.advantage = step_weight * value
+        for members in sets_by(lambda rows: rows[0].episode, played_episodes(group)):
+            # G_0(n) as the environment paid it: an invalid first reply is penalised in P
+            starts = [rows[0].ret + rows[0].penalty for rows in members]
+            for rows, value in zip(members, center(starts, norm), strict=True):
+                for turn in rows:
+                    turn.advantage += value
 
 
 def center(values: Sequence[float], norm: str = "mean") -> list[float]:
-    """Values minus their mean, for "mean_std" also divided by (std + 1e-6), for "leave_one_out" minus the others' mean.
+    """Values minus their mean; a set of one gives 0, never NaN.
 
-    A set of one gives 0, never NaN.
+    norm "mean_std" also divides by (std + 1e-6); "leave_one_out" takes the mean of the others.
     """
     array = np.asarray(values, dtype=np.float64)
     if len(array) < 2 or array.max() == array.min():
         return [0.0] * len(array)
     array = array - array.mean()
-    scale = {"mean": 1.0, "leave_one_out": len(array) / (len(array) - 1)}
-    return (array * scale[norm] if norm in scale else array / (array.std(ddof=1) + 1e-6)).tolist()
+    if norm == "mean_std":
+        array = array / (array.std(ddof=1) + 1e-6)
+    elif norm == "leave_one_out":
+        array = array * (len(array) / (len(array) - 1))
+    return array.tolist()
 
 
-ESTIMATORS = ("reinforce", "rloo", "grpo", "gigpo", "ppo")
-NORM_OF = {"rloo": "leave_one_out", "grpo": "mean_std"}  # what these are; the others take `norm`
+def norm_of(estimator: str, advantage_norm: str) -> str:
+    """How an estimator centers: rloo and grpo are what they are, the others take the option."""
+    return {"rloo": "leave_one_out", "grpo": "mean_std"}.get(estimator, advantage_norm)
 
 
-def sets_by(key: Callable[[Turn], Any], turns: Iterable[Turn]) -> Iterable[list[Turn]]:
-    """The turns in sets of equal key."""
+def sets_by(key: Callable[[Any], Any], items: Iterable[Any]) -> Iterable[list[Any]]:
+    """The items in sets of equal key, in the order in which keys first appear."""
     sets = defaultdict(list)
-    for turn in turns:
-        sets[key(turn)].append(turn)
+    for item in items:
+        sets[key(item)].append(item)
     return sets.values()
 
 
-def compute_advantages(
-    groups: Iterable[Sequence[Trial]], estimator: str, norm: str = "mean", step_weight: float = 1.0
+def played_episodes(group: Iterable[Trial]) -> list[list[Turn]]:
+    """The play turns of every episode of every trial of the group."""
+    keyed = ((i, turn) for i, trial in enumerate(group) for turn in trial.turns)
+    played = [pair for pair in keyed if pair[1].phase == "play"]
+    sets = sets_by(lambda pair: (pair[0], pair[1].episode), played)
+    return [[turn for _, turn in pairs] for pairs in sets]
+
+
+# Beside the paper's default: a learned value, and the choices of the official code
+
+
+@torch.no_grad()
+def compute_values(policy: "Policy", trials: Iterable[Trial], microbatch_tokens: int) -> None:
+    """Set `value` of every turn: what the value head sees in the state after its prompt."""
+    turns = [turn for trial in trials for turn in trial.turns]
+    for batch in micro_batches(turns, microbatch_tokens):
+        for turn, value in zip(batch, policy(batch).values.tolist(), strict=True):
+            turn.value = value
+
+
+def ppo_advantages(
+    trials: Iterable[Trial], gamma_step: float, gamma_traj: float, gae_lambda: float = 1.0
 ) -> None:
-    """Set `advantage` of every turn; a group is the trials of one task.
+    """Set `advantage` of every turn by generalised advantage estimation along the trial.
 
-    Episode and phase are part of every key: memory differs between episodes, so equal boards are not equal states, and
-    a baseline over all episodes would punish the very action that made the next one succeed.
-
-    reinforce: G minus its mean over the rows of the group with the same episode and phase; rloo: minus the mean of the
-               others; grpo: also divided by the standard deviation.
-    gigpo:     E + step_weight * P. E: the member's G_0(n) minus the mean over members that played episode n, 0 for
-               reflections. P: G minus its mean over rows with the same episode, phase and anchor.
-    ppo:       see `ppo_advantages`.
-    """
-    norm, is_gigpo = NORM_OF.get(estimator, norm), estimator == "gigpo"
-    for group in groups:
-        turns = [turn for trial in group for turn in trial.turns]
-        for same in sets_by(lambda turn: (turn.episode, turn.phase, turn.anchor if is_gigpo else ""), turns):
-            for turn, value in zip(same, center([turn.ret for turn in same], norm), strict=True):
-                turn.advantage = step_weight * value if is_gigpo else value
-        for episode in {turn.episode for turn in turns} if is_gigpo else ():
-            played = [[t for t in trial.turns if (t.episode, t.phase) == (episode, "play")] for trial in group]
-            played = [rows for rows in played if rows]
-            # G_0(n) as the environment paid it: an invalid first reply is penalised in P, on its own row
-            values = center([rows[0].ret + rows[0].penalty for rows in played], norm)
-            for rows, value in zip(played, values, strict=True):
-                for turn in rows:
-                    turn.advantage += value
-
-
-def official_advantages(
-    groups: Iterable[Sequence[Trial]], estimator: str, norm: str = "mean", step_weight: float = 1.0, reward: str = "env"
-) -> None:
-    """Set `advantage` of every turn as the official code does (facts/games.md 4): a group's rows in one pot.
-
-    E compares the plain reward of the turn's episode (0 for a reflection) minus the penalty with that of all rows of
-    the group, so the return across episodes reaches only gigpo's P, which pools equal anchors of all episodes and
-    knows no penalty. A group of one row keeps its score.
-    """
-    norm = NORM_OF.get(estimator, norm)
-    for group in groups:
-        turns, scores = [turn for trial in group for turn in trial.turns], []
-        for trial in group:
-            rewards = [sum(episode) for episode in trial.rewards(reward)]
-            scores += [rewards[t.episode] * (t.phase == "play") - t.penalty for t in trial.turns]
-        for turn, value in zip(turns, center(scores, norm) if len(turns) > 1 else scores, strict=True):
-            turn.advantage = value
-        for same in sets_by(lambda turn: turn.anchor, turns) if estimator == "gigpo" else ():
-            for turn, value in zip(same, center([t.ret + t.penalty for t in same], norm), strict=True):
-                turn.advantage += step_weight * value
-
-
-def ppo_advantages(trials: Iterable[Trial], gamma_step: float, gamma_traj: float, gae_lambda: float = 1.0) -> None:
-    """Set `advantage` of every turn from its value: the generalised advantage estimate along the trial's turns.
-
-    A turn's discount to the next is gamma_step inside an episode, gamma_traj at its end, 1 from a reflection to the
-    episode it prepares. With lambda 1 that is G - V, for either credit; below 1 it needs credit "official", the one
-    that is a recursion. A penalty stays with its row, but values are learned with it.
+    A turn's discount to the next is gamma_step inside an episode, gamma_traj at its end, 1 from a
+    reflection to the episode it prepares. With lambda 1 that is G - V, for either credit; below 1
+    it needs credit "official", the one that is a recursion. A penalty stays with its row, but
+    values are learned with it.
     """
     for trial in trials:
         advantage = ret_after = value_after = gamma = 0.0
-        for turn, after in reversed([*zip(trial.turns, [*trial.turns[1:], None], strict=True)]):
-            if after is not None:
-                inside = after.episode == turn.episode and after.phase == "play"
-                gamma = gamma_step if inside else 1.0 if turn.phase == "reflect" else gamma_traj
+        pairs = zip(trial.turns, [*trial.turns[1:], None], strict=True)
+        for turn, after in reversed([*pairs]):
+            if after is not None and turn.phase == "reflect":
+                gamma = 1.0
+            elif after is not None:
+                is_inside = after.episode == turn.episode and after.phase == "play"
+                gamma = gamma_step if is_inside else gamma_traj
             ret = turn.ret + turn.penalty
             reward = ret - gamma * ret_after
-            advantage = reward + gamma * value_after - turn.value + gamma * gae_lambda * advantage
+            error = reward + gamma * value_after - turn.value
+            advantage = error + gamma * gae_lambda * advantage
             turn.advantage = advantage - turn.penalty
             ret_after, value_after = ret, turn.value
 
 
-# ------------------------------------------------------------------------------------------ the update
+def official_advantages(
+    groups: Iterable[Sequence[Trial]],
+    estimator: str,
+    advantage_norm: str = "mean",
+    step_weight: float = 1.0,
+    reward: str = "env",
+) -> None:
+    """Set `advantage` of every turn as the official code does, a group's rows in one pot.
 
-
-def reply_logps(
-    model: Any,
-    turns: Sequence[Turn],
-    temperature: float,
-    vocab_size: int,
-    need_entropy_grad: bool = False,
-    chunk: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities of all reply tokens of the turns in order (T,), the entropies they were drawn from (T,), and
-    for a value head the `prompt_states` (B, h).
-
-    Sequences are padded on the right, so causal attention needs no mask. Only hidden states that predict reply tokens
-    reach the output layer, in chunks that are recomputed in the backward pass: logits of the whole batch never exist.
+    E compares the plain reward of the turn's episode (0 for a reflection) minus the penalty with
+    that of all rows of the group, so the return across episodes reaches only gigpo's P, which
+    pools equal anchors of all episodes and knows no penalty. A group of one row keeps its score.
+    (github.com/mlbio-epfl/LaMer, gigpo/core_gigpo.py.)
     """
-    tokens = pad([turn.prompt_ids + turn.reply_ids for turn in turns]).to(model.device)  # (B, L)
-    decoder, head = model.get_decoder(), model.get_output_embeddings()
-    hidden = decoder(input_ids=tokens, use_cache=False).last_hidden_state  # (B, L, h)
-    states = prompt_states(hidden, turns)  # (B, h)
-    rows = [row for row, turn in enumerate(turns) for _ in turn.reply_ids]
-    columns = [len(turn.prompt_ids) - 1 + i for turn in turns for i in range(len(turn.reply_ids))]
-    targets = torch.tensor([token for turn in turns for token in turn.reply_ids], device=model.device)  # (T,)
-    hidden = hidden[rows, columns]  # (T, h)
+    norm = norm_of(estimator, advantage_norm)
+    for group in groups:
+        turns, scores = [], []
+        for trial in group:
+            totals = [sum(episode) for episode in trial.rewards(reward)]
+            for turn in trial.turns:
+                total = totals[turn.episode] if turn.phase == "play" else 0.0
+                turns.append(turn)
+                scores.append(total - turn.penalty)
+        if len(scores) > 1:
+            scores = center(scores, norm)
+        for turn, score in zip(turns, scores, strict=True):
+            turn.advantage = score
+        if estimator == "gigpo":
+            for same in sets_by(lambda turn: turn.anchor, turns):
+                returns = [turn.ret + turn.penalty for turn in same]
+                for turn, value in zip(same, center(returns, norm), strict=True):
+                    turn.advantage += step_weight * value
 
-    def score(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logps = (head(hidden)[:, :vocab_size].float() / temperature).log_softmax(-1)  # (C, V)
+
+# ----------------------------------------------------------------------------- the policy
+
+
+class PolicyOutput(NamedTuple):
+    """For a batch of turns with T reply tokens in all."""
+
+    logps: Tensor  # (T,) log-probabilities of the reply tokens, turn by turn
+    entropies: Tensor  # (T,) of the distributions they were drawn from
+    values: Tensor | None  # (B,) estimates of the returns, where there is a value head
+
+
+class Policy(torch.nn.Module):
+    """The language model as training sees it: turns in, log-probabilities of their replies out.
+
+    All that has a gradient happens in `forward`, so DistributedDataParallel can wrap it. Weights
+    are fp32; with `bf16` products are computed in bfloat16 under autocast.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        vocab_size: int,
+        temperature: float = 1.0,
+        bf16: bool = False,
+        value_head: torch.nn.Linear | None = None,
+    ):
+        super().__init__()
+        self.model, self.value_head = model, value_head
+        self.vocab_size, self.temperature, self.bf16 = vocab_size, temperature, bf16
+        self.chunk = max(1, 2**26 // vocab_size)  # tokens: 256 MB of fp32 logits at a time
+
+    def forward(self, turns: Sequence[Turn], need_entropy_grad: bool = False) -> PolicyOutput:
+        """Score the replies of a batch of turns.
+
+        Sequences are padded on the right, so causal attention needs no mask. Only the states that
+        predict reply tokens reach the output layer, in chunks that are recomputed in the backward
+        pass: the logits of a whole batch never exist.
+        """
+        device = self.model.device
+        tokens = pad([turn.prompt_ids + turn.reply_ids for turn in turns]).to(device)  # (B, L)
+        last = [len(turn.prompt_ids) - 1 for turn in turns]  # the states that predict first tokens
+        rows = [row for row, turn in enumerate(turns) for _ in turn.reply_ids]
+        columns = [last[row] + i for row, turn in enumerate(turns) for i in range(len(turn.logps))]
+        targets = [token for turn in turns for token in turn.reply_ids]
+
+        # No cache of casted weights: each is used once a pass, and all together would fill a GPU.
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False):
+            decoder = self.model.get_decoder()
+            hidden = decoder(input_ids=tokens, use_cache=False).last_hidden_state  # (B, L, h)
+            states = hidden[rows, columns].split(self.chunk)  # of (C, h)
+            targets = torch.tensor(targets, device=device).split(self.chunk)  # of (C,)
+            score = partial(self.score, need_entropy_grad=need_entropy_grad)
+            chunks = [
+                checkpoint(score, *chunk, use_reentrant=False)
+                for chunk in zip(states, targets, strict=True)
+            ]
+        logps, entropies = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+        values = None
+        if self.value_head is not None:  # detached: values must not move the policy
+            values = self.value_head(hidden[range(len(turns)), last].detach().float())[:, 0]
+        return PolicyOutput(logps, entropies, values)
+
+    def score(
+        self, states: Tensor, targets: Tensor, need_entropy_grad: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of the targets and entropies: (C, h), (C,) -> (C,), (C,)."""
+        logits = self.model.get_output_embeddings()(states)[:, : self.vocab_size]
+        logps = (logits.float() / self.temperature).log_softmax(-1)  # (C, V)
         with torch.set_grad_enabled(torch.is_grad_enabled() and need_entropy_grad):
-            entropy = -(logps.exp() * logps).sum(-1)  # (C,)
-        return logps.gather(-1, targets[:, None])[:, 0], entropy
-
-    chunk = chunk or max(1, 2**26 // vocab_size)  # 256 MB of fp32 logits at a time
-    chunks = zip(hidden.split(chunk), targets.split(chunk), strict=True)
-    logps, entropies = zip(*(checkpoint(score, *piece, use_reentrant=False) for piece in chunks), strict=True)
-    return torch.cat(logps), torch.cat(entropies), states
+            entropies = -(logps.exp() * logps).sum(-1)  # (C,)
+        return logps.gather(-1, targets[:, None])[:, 0], entropies
 
 
-def prompt_states(hidden: Tensor, turns: Sequence[Turn]) -> Tensor:
-    """The hidden states of the prompts' last tokens in fp32, detached: (B, L, h) -> (B, h)."""
-    return hidden[range(len(turns)), [len(turn.prompt_ids) - 1 for turn in turns]].detach().float()
+def pad(rows: Sequence[Sequence[int]], left: bool = False) -> Tensor:
+    """Pad to a rectangle with id 0. [[5, 6], [7]] -> [[5, 6], [7, 0]]
 
-
-@torch.no_grad()
-def compute_values(model: Any, value_head: Any, trials: Iterable[Trial], microbatch_tokens: int = 16384) -> None:
-    """Set `value` of every turn: a linear head (h -> 1) on the state after its prompt."""
-    for batch in micro_batches([turn for trial in trials for turn in trial.turns], microbatch_tokens):
-        tokens = pad([turn.prompt_ids for turn in batch]).to(model.device)  # (B, L)
-        hidden = model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state  # (B, L, h)
-        for turn, value in zip(batch, value_head(prompt_states(hidden, batch))[:, 0].tolist(), strict=True):
-            turn.value = value
-
-
-def clipped_loss(
-    logps: Tensor,
-    old_logps: Tensor,
-    advantages: Tensor,
-    clip: float = 0.2,
-    clip_high: float | None = None,
-    dual_clip: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    """PPO's clipped objective per token, as a loss, and where `clip` was active: (T,), (T,) bool.
-
-    `clip_high` is the upper range where it differs. `dual_clip` c > 1 also bounds the loss of a token with negative
-    advantage by -c A, however likely it has become; 0 is off.
+    Which ids are padding is told by length, never by id: 0 may be a token like any other.
     """
-    ratio = (logps - old_logps).exp()
-    plain = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high))
-    losses = torch.maximum(plain, clipped)
-    if dual_clip:
-        losses = torch.where(advantages < 0, torch.minimum(losses, -dual_clip * advantages), losses)
-    return losses, clipped > plain
+    width = max(len(row) for row in rows)
+    padded = []
+    for row in rows:
+        fill = [0] * (width - len(row))
+        padded.append([*fill, *row] if left else [*row, *fill])
+    return torch.tensor(padded)
 
 
-KL_ESTIMATES = ("k1", "k2", "k3")
-
-
-def kl_estimate(logps: Tensor, reference: Tensor, kind: str = "k3") -> Tensor:
-    """Per-token estimate of KL(policy || reference) from tokens the policy drew (Schulman 2020).
-
-    k1 = d, k2 = d^2/2, k3 = exp(-d) - 1 + d with d = logps - reference. As a loss k2 has KL's gradient, k3 nearly so;
-    k1's is zero on average, it is here for comparisons. k3 is capped at 10, as in the official code.
-    """
-    d = logps - reference
-    return {"k1": d, "k2": d * d / 2, "k3": (torch.expm1(-d) + d).clamp(max=10)}[kind]
+def fill_batches(items: Iterable, max_tokens: int, length: Callable[[Any], int]) -> list[list]:
+    """Items sorted by length, cut so that a padded batch has at most max_tokens (or one item)."""
+    batches: list[list] = []
+    for item in sorted(items, key=length):
+        # the longest so far, since sorted: it sets the width of the batch
+        if not batches or (len(batches[-1]) + 1) * length(item) > max_tokens:
+            batches.append([])
+        batches[-1].append(item)
+    return batches
 
 
 def micro_batches(turns: Iterable[Turn], max_tokens: int) -> list[list[Turn]]:
@@ -886,12 +655,197 @@ def micro_batches(turns: Iterable[Turn], max_tokens: int) -> list[list[Turn]]:
     return fill_batches(turns, max_tokens, lambda turn: len(turn.prompt_ids) + len(turn.reply_ids))
 
 
-def count_tokens(turns: Iterable[Turn]) -> int:
-    """Reply tokens, the ones that are trained."""
-    return sum(len(turn.reply_ids) for turn in turns)
+# ----------------------------------------------------------------------------- the update
 
 
-def all_reduce_sum(values: Sequence[float], device: torch.device) -> list[float]:
+def clipped_loss(
+    logps: Tensor, old_logps: Tensor, advantages: Tensor, clip: float = 0.2, dual_clip: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """PPO's clipped objective per token, as a loss, and where `clip` was active: (T,), (T,) bool.
+
+    `dual_clip` c > 1 also bounds the loss of a token with negative advantage by -c A, however
+    likely it has become; 0 is off. (eq. 5)
+    """
+    ratio = (logps - old_logps).exp()
+    plain = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - clip, 1 + clip)
+    losses = torch.maximum(plain, clipped)
+    if dual_clip:
+        bounded = torch.minimum(losses, -dual_clip * advantages)
+        losses = torch.where(advantages < 0, bounded, losses)
+    return losses, clipped > plain
+
+
+def kl_estimate(logps: Tensor, ref_logps: Tensor) -> Tensor:
+    """k3, exp(-d) - 1 + d with d = logps - ref_logps: an estimate per token of KL(policy || ref).
+
+    From tokens the policy drew (Schulman 2020). Capped at 10, as in the official code.
+    """
+    d = (logps - ref_logps).clamp(min=-20)  # far beyond the cap; inf would make its gradient NaN
+    return (torch.expm1(-d) + d).clamp(max=10)
+
+
+STATISTICS = ("loss", "entropy", "clip_fraction", "approx_kl", "ref_kl", "value_loss")
+
+
+def loss_terms(
+    policy: Policy | DistributedDataParallel,
+    batch: Sequence[Turn],
+    config: Any,
+    reference: Policy | None = None,
+) -> dict[str, Tensor]:
+    """By name in STATISTICS, the terms of the loss per token (T,), `value_loss` per turn (B,).
+
+    `clip_fraction` and `approx_kl`, of the sampler to the policy, are for the log only.
+    """
+    output = policy(batch, need_entropy_grad=config.entropy_coef != 0)
+    device = output.logps.device
+    old_logps = torch.tensor([x for turn in batch for x in turn.old_logps], device=device)  # (T,)
+    # Every token of a reply carries its turn's advantage.
+    advantages = [turn.advantage for turn in batch for _ in turn.reply_ids]
+    advantages = torch.tensor(advantages, device=device)  # (T,)
+    loss, is_clipped = clipped_loss(
+        output.logps, old_logps, advantages, config.clip, config.dual_clip
+    )
+    ref_kl, value_loss = torch.zeros_like(loss), torch.zeros(len(batch), device=device)
+    if reference is not None:
+        with torch.no_grad():
+            ref_logps = reference(batch).logps
+        ref_kl = kl_estimate(output.logps, ref_logps)
+    if output.values is not None:
+        targets = torch.tensor([turn.advantage + turn.value for turn in batch], device=device)
+        value_loss = (output.values - targets) ** 2 / 2
+    change = output.logps.detach() - old_logps
+    terms = loss, output.entropies, is_clipped, change.expm1() - change, ref_kl, value_loss
+    return dict(zip(STATISTICS, terms, strict=True))
+
+
+def update(
+    policy: Policy | DistributedDataParallel,
+    optimizer: torch.optim.Optimizer,
+    minibatches: Sequence[Sequence[Turn]],
+    config: Any,
+    reference: Policy | None = None,
+) -> dict[str, float]:
+    """One pass of policy gradient, an optimizer step for every mini-batch; returns what to log.
+
+    `minibatches` holds this process' turns of each, maybe none. The loss is a sum over tokens
+    divided by the token count of the mini-batch over all processes, so neither micro-batches nor
+    the number of processes change the result. From `config`: clip, dual_clip, entropy_coef,
+    kl_coef (weight of the KL to the `reference`), grad_clip, microbatch_tokens.
+    """
+    device, world = next(policy.parameters()).device, world_size()
+    policy.train()
+    turns = [turn for minibatch in minibatches for turn in minibatch]
+    gap = set_old_logps(policy, turns, config.microbatch_tokens)
+    sums, norms = torch.zeros(len(STATISTICS), dtype=torch.float64, device=device), []
+    for minibatch in minibatches:
+        num_tokens, num_turns = all_reduce_sum([count_tokens(minibatch), len(minibatch)], device)
+        if num_turns == 0:
+            continue
+        with all_or_none(device), local_gradients(policy):
+            for batch in micro_batches(minibatch, config.microbatch_tokens):
+                terms = loss_terms(policy, batch, config, reference)
+                loss = terms["loss"] - config.entropy_coef * terms["entropy"]
+                loss = (loss + config.kl_coef * terms["ref_kl"]).sum() / num_tokens
+                loss = loss + terms["value_loss"].sum() / num_turns
+                (loss * world).backward()  # DDP averages over processes; this is a sum
+                sums += torch.stack([terms[name].detach().sum().double() for name in STATISTICS])
+        norms.append(optimizer_step(policy, optimizer, config.grad_clip))
+    policy.eval()
+
+    counts = [count_tokens(turns), len(turns)]
+    num_tokens, num_turns, gap, *sums = all_reduce_sum([*counts, gap, *sums.tolist()], device)
+    stats = {name: total / num_tokens for name, total in zip(STATISTICS, sums, strict=True)}
+    stats["value_loss"] = sums[-1] / num_turns
+    stats["sampler_gap"] = gap / num_tokens
+    finite = [norm for norm in norms if math.isfinite(norm)]
+    stats["grad_norm"] = sum(finite) / max(1, len(finite))
+    return stats | {"updates": len(finite), "skipped": len(norms) - len(finite)}
+
+
+@torch.no_grad()
+def set_old_logps(policy: Any, turns: Sequence[Turn], microbatch_tokens: int) -> float:
+    """Set `old_logps` of every turn; returns how far they are from the sampled ones, summed up.
+
+    In fp32 they are the sampled ones. In bf16 sampler and trainer round differently, and a ratio
+    must begin at 1: there they are the trainer's, before the update.
+    """
+    if not unwrap(policy).bf16:
+        for turn in turns:
+            turn.old_logps = turn.logps
+        return 0.0
+    gap = 0.0
+    for batch in micro_batches(turns, microbatch_tokens):
+        logps = policy(batch).logps.split([len(turn.reply_ids) for turn in batch])
+        for turn, new in zip(batch, logps, strict=True):
+            turn.old_logps = new.tolist()
+            gap += sum(abs(a - b) for a, b in zip(turn.old_logps, turn.logps, strict=True))
+    return gap
+
+
+def optimizer_step(policy: Any, optimizer: torch.optim.Optimizer, max_norm: float) -> float:
+    """Sum gradients over processes, clip the model's, step; returns the norm before clipping.
+
+    A gradient that is not finite, the same on every process, does not reach the weights.
+    """
+    synchronize(policy)
+    model, value_head = unwrap(policy).model, unwrap(policy).value_head
+    norm = clip_grad_norm_(model.parameters(), max_norm).item()
+    if value_head is not None:  # not clipped, and no part of the norm, unless it is broken
+        head_norm = get_total_norm([p.grad for p in value_head.parameters()])
+        norm = norm if head_norm.isfinite() else math.inf
+    if math.isfinite(norm):
+        optimizer.step()
+    # With DDP gradients are views into its buckets; None would make a second copy of them.
+    optimizer.zero_grad(set_to_none=not isinstance(policy, DistributedDataParallel))
+    return norm
+
+
+def synchronize(policy: Any) -> None:
+    """Sum gradients over processes: one backward pass that DDP sees, of zeros.
+
+    All that `local_gradients` left in .grad is reduced with it. The token it computes is in no
+    count and no statistic.
+    """
+    if isinstance(policy, DistributedDataParallel):
+        token = Turn(0, "play", [0], [0], [0.0], "", "", 0.0, True, "")
+        outputs = [output for output in policy([token]) if output is not None]
+        (sum(output.sum() for output in outputs) * 0).backward()
+
+
+def local_gradients(policy: Any) -> Any:
+    """Backward passes in this block add to this process' own gradients, without all-reduce.
+
+    So processes may have different numbers of micro-batches. The forward must be inside, too.
+    """
+    return policy.no_sync() if isinstance(policy, DistributedDataParallel) else nullcontext()
+
+
+@contextmanager
+def all_or_none(device: torch.device) -> Iterator[None]:
+    """If one process runs out of memory in this block, all of them stop; none waits for it."""
+    problem = None
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        problem = error
+    [num_failed] = all_reduce_sum([0.0 if problem is None else 1.0], device)
+    if num_failed:
+        raise problem or torch.OutOfMemoryError("another process ran out of memory")
+
+
+def unwrap(policy: Policy | DistributedDataParallel) -> Policy:
+    """The policy inside DDP; the policy itself where there is one process."""
+    return policy.module if isinstance(policy, DistributedDataParallel) else policy
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def all_reduce_sum(values: Sequence[float], device: torch.device | str) -> list[float]:
     """Sum numbers over all processes; the same list where there is only one."""
     total = torch.tensor(values, dtype=torch.float64, device=device)
     if dist.is_initialized():
@@ -899,207 +853,6 @@ def all_reduce_sum(values: Sequence[float], device: torch.device) -> list[float]
     return total.tolist()
 
 
-class Optimizer:
-    """AdamW on fp32 masters of the weights, sharded: every process updates the weights it owns and hands them out.
-
-    A step of 1e-6 on a bf16 weight rounds to nothing, hence the masters; for an fp32 model they are the weights
-    themselves. Gradients are kept in fp32 and summed over processes once per optimizer step, after all micro-batches,
-    so processes may have different numbers of these; summed, not averaged, as the loss is divided by a global token
-    count. Masters and moments, 12 bytes a weight, exist once among all processes.
-    """
-
-    def __init__(
-        self,
-        model: Any,
-        lr: float,
-        dtype: torch.dtype = torch.float32,
-        value_head: torch.nn.Module | None = None,
-        value_lr: float = 1e-3,
-        **adamw: Any,
-    ):
-        """Takes an fp32 model and turns its weights into `dtype`; a value head stays in fp32. `adamw`: its options."""
-        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        self.policy = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        head = {f"value_head.{name}": p for name, p in value_head.named_parameters()} if value_head else {}
-        self.weights = self.policy | head
-        self.owner, load = {}, [0] * self.world  # the largest weights first, each to the process that has least
-        for name, weight in sorted(self.weights.items(), key=lambda item: -item[1].numel()):
-            self.owner[name] = load.index(min(load))
-            load[self.owner[name]] += weight.numel()
-        self.masters: dict[str, Tensor] = {}  # of the weights this process owns
-        self.grads: dict[str, Tensor] = {}  # fp32, of the optimizer step in progress
-        for name, weight in self.weights.items():
-            if self.owner[name] == self.rank:
-                is_master = dtype == torch.float32 or name in head
-                self.masters[name] = weight if is_master else weight.detach().clone()
-            if name in self.policy:  # not model.to(dtype): rotary frequencies must stay fp32
-                weight.data = weight.data.to(dtype)
-            weight.register_post_accumulate_grad_hook(partial(self.accumulate, name))
-        groups = [
-            {"params": [p for name, p in self.masters.items() if name in self.policy]},
-            {"params": [p for name, p in self.masters.items() if name in head], "lr": value_lr, "weight_decay": 0.0},
-        ]
-        # fused: the default on a GPU makes temporary copies as large as a moment
-        defaults = dict(weight_decay=0.0, fused=model.device.type == "cuda")
-        self.adamw = torch.optim.AdamW(groups, lr=lr, **defaults | adamw)
-
-    def accumulate(self, name: str, weight: Tensor) -> None:
-        """Move a weight's fresh gradient into its fp32 sum."""
-        self.grads[name] = self.grads[name].add_(weight.grad) if name in self.grads else weight.grad.float()
-        weight.grad = None
-
-    @torch.no_grad()
-    def step(self, max_norm: float) -> float:
-        """Sum gradients over processes, clip the policy's to max_norm, update; returns the norm before clipping."""
-        squares, head_squares = [torch.zeros(())], [torch.zeros(())]
-        for name, weight in self.weights.items():
-            grad = self.grads.pop(name) if name in self.grads else torch.zeros_like(weight, dtype=torch.float32)
-            if self.world > 1:
-                dist.reduce(grad, self.owner[name])
-            if name in self.masters:
-                self.masters[name].grad = grad
-                (squares if name in self.policy else head_squares).append(grad.square().sum().cpu())
-        sums = [torch.stack(each).sum().item() for each in (squares, head_squares)]
-        square, head_square = all_reduce_sum(sums, weight.device)
-        norm = math.sqrt(square)
-        if not math.isfinite(norm + head_square):  # the same on every process; a broken step must not reach the weights
-            self.adamw.zero_grad()
-            return norm
-        for name, master in self.masters.items():
-            master.grad.mul_(min(1.0, max_norm / (norm + 1e-6)) if name in self.policy else 1.0)
-        self.adamw.step()
-        self.adamw.zero_grad()
-        for name, weight in self.weights.items():
-            if name in self.masters and weight is not self.masters[name]:
-                weight.copy_(self.masters[name])
-            if self.world > 1:
-                dist.broadcast(weight.data, self.owner[name])
-        return norm
-
-    @torch.no_grad()
-    def state(self) -> dict[str, dict[str, Tensor]]:
-        """By weight name: fp32 master, AdamW's moments and step. All processes must call it; process 0 gets it all."""
-        state: dict[str, dict[str, Tensor]] = {}
-        for name, weight in self.weights.items():
-            own = self.adamw.state.get(self.masters.get(name), {}) | {"master": self.masters.get(name)}
-            state[name] = {}
-            for part in ("master", "exp_avg", "exp_avg_sq", "step"):
-                value = own.get(part)
-                if value is None:
-                    shape = () if part == "step" else weight.shape
-                    value = torch.zeros(shape, dtype=torch.float32, device=weight.device)
-                value = value.to(weight.device)
-                if self.world > 1:
-                    dist.broadcast(value, self.owner[name])
-                if self.rank == 0:
-                    state[name][part] = value.detach().cpu()
-        return state
-
-    @torch.no_grad()
-    def load_state(self, state: dict[str, dict[str, Tensor]]) -> None:
-        """Take up what `state` gave, on any number of processes. The policy's masters come with its weights."""
-        for name, master in self.masters.items():
-            device = {"step": master.device if self.adamw.defaults["fused"] else "cpu"}  # as AdamW itself keeps them
-            parts = ("step", "exp_avg", "exp_avg_sq")
-            self.adamw.state[master] = {k: state[name][k].to(device.get(k, master.device), copy=True) for k in parts}
-        for name, weight in self.weights.items():
-            if name not in self.policy:
-                weight.copy_(state[name]["master"])
-
-
-def named_like(model: Any, masters: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The model's state with these tensors in place of its weights, under all names that share one (tied layers)."""
-    by_address = {weight.data_ptr(): masters[name] for name, weight in model.named_parameters() if name in masters}
-    return {name: by_address.get(value.data_ptr(), value) for name, value in model.state_dict().items()}
-
-
-@torch.no_grad()
-def logps_before(
-    model: Any, turns: Sequence[Turn], temperature: float, vocab_size: int, microbatch_tokens: int
-) -> tuple[dict[int, Tensor], float]:
-    """By id(turn), the log-probabilities (T,) that ratios are measured against, and how far they are from the sampled.
-
-    In fp32 they are the sampled ones. A bf16 decoder and a bf16 trainer differ: there they are the trainer's.
-    """
-    sampled = {id(turn): torch.tensor(turn.logps, device=model.device) for turn in turns}
-    if model.dtype == torch.float32:
-        return sampled, 0.0
-    before, gap = {}, 0.0
-    for batch in micro_batches(turns, microbatch_tokens):
-        logps, _, _ = reply_logps(model, batch, temperature, vocab_size)
-        for turn, new in zip(batch, logps.split([len(turn.reply_ids) for turn in batch]), strict=True):
-            before[id(turn)] = new
-            gap += (new - sampled[id(turn)]).abs().sum().item()
-    return before, gap
-
-
-def update(
-    model: Any,
-    optimizer: Optimizer,
-    trials: Sequence[Trial],
-    ids: Sequence[int],
-    sampling: Sampling,
-    vocab_size: int,
-    clip: float = 0.2,
-    clip_high: float | None = None,
-    dual_clip: float = 0.0,
-    entropy_bonus: float = 0.0,
-    kl_coef: float = 0.0,
-    kl: str = "k3",
-    reference: Any = None,
-    value_head: Any = None,
-    minibatch: int = 64,
-    microbatch_tokens: int = 16384,
-    grad_clip: float = 1.0,
-) -> dict[str, float]:
-    """One pass of clipped policy-gradient steps over the turns of this process' trials.
-
-    Every reply token of a turn carries the turn's advantage. A mini-batch of about `minibatch` turns (over all
-    processes) is one optimizer step; which one a turn belongs to depends only on (seed, step, trial, turn). The loss
-    is a sum over tokens divided by the mini-batch's global token count, so neither micro-batches nor the number of
-    processes change the result. With a `reference` model, kl_coef times the KL estimate to it is added; a `value_head`
-    learns by half the squared error to advantage + value, meaned over turns.
-    """
-    device = model.device
-    turns = [turn for trial in trials for turn in trial.turns]
-    keys = [(i, number) for trial, i in zip(trials, ids, strict=True) for number in range(len(trial.turns))]
-    num_turns, num_tokens = all_reduce_sum([len(turns), count_tokens(turns)], device)
-    minibatches: list[list[Turn]] = [[] for _ in range(max(1, round(num_turns / minibatch)))]
-    for turn, u in zip(turns, uniforms(sampling.seed, sampling.step, *np.array(keys).T, 1 << 40), strict=True):
-        minibatches[int(u * len(minibatches))].append(turn)
-
-    model.train()
-    old_logps, gap = logps_before(model, turns, sampling.temperature, vocab_size, microbatch_tokens)
-    names = ("loss", "entropy", "clip_fraction", "kl", "kl_start", "value_loss")
-    sums, norms = torch.zeros(len(names), dtype=torch.float64, device=device), []
-    for rows in minibatches:
-        count, num_rows = all_reduce_sum([count_tokens(rows), len(rows)], device)
-        if count == 0:
-            continue
-        for batch in micro_batches(rows, microbatch_tokens):
-            logps, entropy, states = reply_logps(model, batch, sampling.temperature, vocab_size, entropy_bonus > 0)
-            old = torch.cat([old_logps[id(turn)] for turn in batch])  # (T,)
-            advantages = torch.tensor([t.advantage for t in batch for _ in t.reply_ids], device=device)  # (T,)
-            losses, is_clipped = clipped_loss(logps, old, advantages, clip, clip_high, dual_clip)
-            loss = losses.sum() - entropy_bonus * entropy.sum()
-            kl_start = value_loss = torch.zeros((), device=device)
-            if reference is not None:
-                with torch.no_grad():
-                    start, _, _ = reply_logps(reference, batch, sampling.temperature, vocab_size)
-                kl_start = kl_estimate(logps, start, kl).sum()
-            if value_head is not None:
-                targets = torch.tensor([turn.advantage + turn.value for turn in batch], device=device)  # (B,)
-                value_loss = (value_head(states)[:, 0] - targets).square().sum() / 2
-            ((loss + kl_coef * kl_start) / count + value_loss / num_rows).backward()
-            with torch.no_grad():
-                change = logps - old
-                kl_step = change.expm1() - change  # k3 of KL(sampler || policy): its tokens are the sampler's
-                logged = [losses.sum(), entropy.sum(), is_clipped.sum(), kl_step.sum(), kl_start, value_loss]
-                sums += torch.stack(logged).double()
-        norms.append(optimizer.step(grad_clip))
-    model.eval()
-    sums[-1] *= num_tokens / num_turns  # all others are means over tokens
-    means = [total / num_tokens for total in all_reduce_sum([*sums.tolist(), gap], device)]
-    stats = dict(zip([*names, "sampler_gap"], means, strict=True))
-    done = [norm for norm in norms if math.isfinite(norm)]
-    return stats | {"grad_norm": sum(done) / max(1, len(done)), "updates": len(done), "skipped": len(norms) - len(done)}
+def count_tokens(turns: Iterable[Turn]) -> int:
+    """Reply tokens, the ones that are trained."""
+    return sum(len(turn.reply_ids) for turn in turns)

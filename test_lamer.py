@@ -1,13 +1,14 @@
-"""Tests: hand-computed maths, recorded cases, equalities between two ways to the same result, and the real commands.
+"""Tests: maths by hand, recorded cases, equalities of two ways to one result, real commands.
 
     pytest                     the quick ones, under three minutes on two cores
     pytest -m "slow or not slow"
 
-Recorded cases of the original code are read from $LAMER_GOLDEN (default ../shared/golden); an absent file is skipped by
-name, or fails with LAMER_REQUIRE_GOLDEN=1.
+Recorded cases of the original code stand in golden/, a selection; LAMER_GOLDEN=FOLDER takes those
+of another folder.
 """
 
 import copy
+import functools
 import gc
 import json
 import math
@@ -20,19 +21,19 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.multiprocessing
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    BloomConfig,
-    BloomForCausalLM,
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -40,18 +41,23 @@ from transformers import (
 
 import eval as evaluation
 import lamer
+import sampler
 import train
 from envs import ENVS, MOVES, Env, Level, MineSweeper, Sokoban, deal_board, derive_seed, make_env
-from lamer import Reply, Sampling, Trial, Turn
+from lamer import PastEpisode, Policy, Reply, Trial, Turn, run_trial
+from policy import Recorder, checkpoints, load_policy, scripted_trial, warm_policy
+from sampler import EVAL_SEED, ContinuousSampler, GenerateSampler, RowCache, Sampling, make_sampler
 
 HERE = Path(__file__).parent
+GOLDEN = Path(os.environ.get("LAMER_GOLDEN", HERE / "golden"))
 
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory, request):
     """Warm-started policies are made once per test run, in a folder of its own.
 
-    The one long run, that of Lockbox, starts here on a core of its own, and is waited for by the last test.
+    The one long run, that of Lockbox, starts here on a core of its own, and is waited for by the
+    last test.
     """
     os.environ["LAMER_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     torch.set_num_threads(1)
@@ -63,45 +69,63 @@ def cache(tmp_path_factory, request):
         request.session.process.kill()
 
 
-def tiny_config(env="minesweeper", **options):
-    """A small policy that is made within seconds; it knows the format and little else."""
-    options = (
-        dict(env=env, model="tiny", device="cpu", tiny_hidden=32, tiny_layers=2, warm_steps=150, max_reply=32) | options
-    )
-    return train.resolve(train.Config(**options))
+TINY = dict(env="minesweeper", model="tiny", device="cpu", max_reply=32)
+TINY |= dict(tiny_hidden=32, tiny_layers=2, warm_steps=150)
 
 
 @pytest.fixture(scope="session")
-def policy(cache):
-    """(config, model, chat) of a barely warm MineSweeper policy."""
-    config = tiny_config()
-    return config, *train.load_policy(str(train.warm_policy(config)), "float32", "cpu")
+def tiny(cache):
+    """(config, model, chat) of a MineSweeper policy that knows the format and little else."""
+    config = train.make_config(**TINY)
+    return config, *load_policy(str(warm_policy(config)), torch.float32, "cpu")
 
 
-def golden(name):
-    path = Path(os.environ.get("LAMER_GOLDEN", HERE.parent / "shared" / "golden"), f"{name}.json")
-    if not path.exists():
-        missing = pytest.fail if os.environ.get("LAMER_REQUIRE_GOLDEN") == "1" else pytest.skip
-        missing(f"no recorded cases at {path}")
-    return json.loads(path.read_text(encoding="utf-8"))
+def golden(name, *keys):
+    """The recorded cases under these keys of a file; having none is a failure, not a pass."""
+    path = GOLDEN / f"{name}.json"
+    assert path.is_file(), f"no recorded cases at {path}"
+    recorded = json.loads(path.read_text(encoding="utf-8"))
+    for key in keys:
+        assert recorded.get(key), f"{path} has no {key}"
+    return [recorded[key] for key in keys]
 
 
-# -------------------------------------------------------------------------------------- recorded cases
+# ------------------------------------------------------------------------- recorded cases
+
+
+def test_recorded_cases_that_are_not_there_do_not_pass(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "GOLDEN", tmp_path)
+    for content in (None, "{}", '{"levels": []}'):
+        if content:
+            (tmp_path / "sokoban.json").write_text(content)
+        with pytest.raises(AssertionError, match="sokoban"):
+            golden("sokoban", "levels")
 
 
 def level_from_text(text):
     """A Level from its drawing, for recorded plays."""
     rows = [line.split(": ")[1].split(" ") for line in text.splitlines()]
     cells = [cell for row in rows for cell in row]
-    where = {symbols: [i for i, cell in enumerate(cells) if cell in symbols] for symbols in ("OS√", "X√", "PS")}
+
+    def cells_with(symbols):
+        return [i for i, cell in enumerate(cells) if cell in symbols]
+
     floor = [i for i, cell in enumerate(cells) if cell != "#"]
-    return Level(len(rows), floor, where["OS√"], where["X√"], where["PS"][0])
+    [player] = cells_with("PS")
+    return Level(len(rows), floor, cells_with("OS√"), cells_with("X√"), player)
+
+
+def recorded_sokoban(case):
+    env = Sokoban(size=case["start"].count("\n") + 1, original=True)
+    env.start(level_from_text(case["start"]))
+    env.max_steps = case["max_steps"]
+    return env
 
 
 def test_golden_sokoban():
-    cases = golden("sokoban")
+    levels, plays, talks = golden("sokoban", "levels", "plays", "turns")
     words = ["still", *MOVES]
-    for case in cases.get("levels", []):
+    for case in levels:
         least, most = case["options"]["min_steps"], case["options"]["max_sol_steps"]
         options = dict(size=case["dim"], boxes=case["boxes"], min_solution=least, max_solution=most)
         env = Sokoban(**options, original=True)
@@ -109,40 +133,41 @@ def test_golden_sokoban():
         solution = env.level.best_moves(env.player, env.boxes, 100)
         assert [words.index(word) for word in solution] == case["solution"], case["id"]
         if least <= case["optimal_length"] <= most and case["seed"] == case["final_seed"]:
-            assert Sokoban(**options).reset(case["seed"])[0] == case["text"], "the default differs where it need not"
-    for case in cases.get("plays", []):
-        env = Sokoban(size=case["start"].count("\n") + 1, original=True)
-        env.start(level_from_text(case["start"]))
-        env.max_steps = case["max_steps"]
+            text, _ = Sokoban(**options).reset(case["seed"])
+            assert text == case["text"], "the default differs where it need not"
+    for case in plays:
+        env = recorded_sokoban(case)
+        assert case["steps"]
         for step in case["steps"]:
             player = env.player
             reward, done = env.move(words[step["action"]])
             seen = env.text(), round(reward, 6), done, env.won, env.player != player
-            assert seen == tuple(step[k] for k in ("text", "reward", "done", "won", "effective")), (case["level"], step)
+            expected = [step[key] for key in ("text", "reward", "done", "won", "effective")]
+            assert [*seen] == expected, (case["level"], step)
             if not env.won:
                 assert env.is_solvable() != step["unsolvable"], (case["level"], step)
-    for case in cases.get("turns", []):
-        env = Sokoban(size=case["start"].count("\n") + 1, original=True)
-        env.start(level_from_text(case["start"]))
-        env.max_steps = case["max_steps"]
+    for case in talks:
+        env = recorded_sokoban(case)
+        assert case["turns"]
         for turn in case["turns"]:
             if "restart" in turn or "actions" not in turn:
                 env.start(env.level)
                 assert env.text() == turn.get("text", env.text())
                 continue
             text, reward, done, _, info = env.step([words[a] for a in turn["actions"]])
-            assert (text, reward, done, info["won"]) == tuple(turn[k] for k in ("text", "reward", "done", "won"))
+            expected = [turn[key] for key in ("text", "reward", "done", "won")]
+            assert [text, reward, done, info["won"]] == expected
 
 
 def test_golden_minesweeper():
-    cases = golden("minesweeper")
+    boards, chains = golden("minesweeper", "boards", "chains")
 
     def check_deal(case, opener):
-        """Deal as recorded; returns the environment set up with that board and the generator left behind."""
-        numbers, shown, openings, left = deal_board(case["size"], case["n_mines"], case["seed"], opener, original=True)
+        """Deal as recorded; returns the environment with that board, and deal_board's results."""
         n = case["size"]
-        rows = ["".join(numbers[r * n : (r + 1) * n]) for r in range(n)]
-        assert rows == case["true_board"]
+        dealt = deal_board(n, case["n_mines"], case["seed"], opener, original=True)
+        numbers, shown, openings, left = dealt
+        assert ["".join(numbers[r * n : (r + 1) * n]) for r in range(n)] == case["true_board"]
         assert [divmod(cell, n) for cell in openings] == [tuple(cell) for cell in case["openings"]]
         env = MineSweeper(size=n, mines=case["n_mines"], original=True)
         env.start(numbers, shown)
@@ -150,90 +175,90 @@ def test_golden_minesweeper():
         assert env.lost == case["dead_start"]
         return env, shown, left
 
-    for case in cases.get("boards", []):
+    for case in boards:
         env, shown, _ = check_deal(case, np.random.RandomState(case["pre_seed"]))
+        assert case["steps"]
         for step in case["steps"]:
             if "restart" in step or "action" not in step:
                 env.start(env.numbers, shown)
                 assert env.text() == step.get("text", env.text())
                 continue
             text, reward, done, _, info = env.step(tuple(int(number) for number in step["action"]))
-            assert (text, reward, done, info["won"]) == tuple(step[k] for k in ("text", "reward", "done", "won"))
-    for chain in cases.get("chains", []):
+            expected = [step[key] for key in ("text", "reward", "done", "won")]
+            assert [text, reward, done, info["won"]] == expected
+    for chain in chains:
         generator = np.random.RandomState(chain["pre_seed"])
+        assert chain["resets"]
         for case in chain["resets"]:
             _, _, generator = check_deal(case, generator)
 
 
 def test_golden_parsing():
-    cases = golden("parsing")
-    words = ["still", *MOVES]
-    for case in cases.get("cases", []):
-        for name, env_options in (("sokoban", {}), ("minesweeper", {})):
+    cases, histories = golden("parsing", "cases", "histories")
+    words, seen = ["still", *MOVES], set()
+    for case in cases:
+        reply = case["reply"]
+        for name in ("sokoban", "minesweeper"):
             if name not in case:
                 continue
-            expected = case[name]
-            if case["phase"] == "play":
-                if name == "sokoban" and "num_actions_per_turn" in case:
-                    env_options = {"moves_per_turn": case["num_actions_per_turn"]}
-                action, is_valid = make_env(name, **env_options).parse(case["reply"])
-                if name == "sokoban":
-                    assert [words.index(word) for word in action] == expected["actions"], case["reply"]
-                else:
-                    assert action == tuple(int(number) for number in expected["action"]), case["reply"]
-            else:
-                reflection, is_valid = lamer.parse_reflection(case["reply"])
-                # One rule for all games, first start tag to last end tag, where the two originals disagree.
+            expected, options = case[name], {}
+            seen.add((name, case["phase"]))
+            if case["phase"] == "reflect":
+                reflection, is_valid = lamer.parse_reflection(reply)
+                # One rule for all games, first start tag to last end tag, where originals differ.
                 if case["sokoban"] == case["minesweeper"]:
-                    assert reflection == expected["reflection"], case["reply"]
-            assert is_valid == bool(expected["valid"]), case["reply"]
-    for case in cases.get("histories", []):
+                    assert reflection == expected["reflection"], reply
+            elif name == "sokoban":
+                if "num_actions_per_turn" in case:
+                    options = {"moves_per_turn": case["num_actions_per_turn"]}
+                action, is_valid = Sokoban(**options).parse(reply)
+                assert [words.index(word) for word in action] == expected["actions"], reply
+            else:
+                action, is_valid = MineSweeper().parse(reply)
+                assert action == tuple(int(number) for number in expected["action"]), reply
+            assert is_valid == bool(expected["valid"]), reply
+    assert len(seen) == 4, "both games, both phases"
+    for case in histories:
         records = [(str(r["action"]), r["text_obs"], r["dones"]) for r in case["records"]]
+        assert records
         assert lamer.format_history(Env(), records, 2, 7) == case["play"]
         assert lamer.format_history(Env(), records, 7, 7) == case["reflect"]
         assert lamer.format_history(Env(), records, 2, 7) == case["past_attempt"]
 
 
-def test_golden_maths():
-    cases = golden("maths")
-    for case in cases.get("returns", []):
+def test_golden_returns():
+    [cases] = golden("maths", "returns")
+    for case in cases:
         gammas = case["step_gamma"], case["traj_gamma"]
         paper = lamer.cross_episode_returns(case["attempts"], "paper", *gammas)
         assert all(np.allclose(a, b, atol=1e-4) for a, b in zip(paper, case["paper"], strict=True))
         trial = make_trial(case["attempts"], reflect=case["reflections"])
         lamer.compute_returns([trial], "official", *gammas)
-        assert np.allclose([turn.ret for turn in trial.turns], case["official"]["returns"], atol=1e-4)
-    for case in cases.get("advantages", []):
-        check_official_advantages(case)
-    for case in cases.get("ppo", []):
-        mask = torch.arange(len(case["log_prob"][0])) < torch.tensor(case["lengths"])[:, None]
-        logps, official = torch.tensor(case["log_prob"], requires_grad=True), case["official"]
-        old, advantages = torch.tensor(case["old_log_prob"]), torch.tensor(case["advantage"])[:, None]
-        options = dict(clip=case["clip_low"], clip_high=case["clip_high"], dual_clip=case["clip_c"])
-        losses, is_clipped = lamer.clipped_loss(logps, old, advantages.expand_as(old), **options)
-        loss = (losses * mask).sum() / mask.sum()
-        loss.backward()
-        assert abs(loss.item() - official["token-mean"]["loss"]) < 1e-4
-        assert abs((is_clipped & mask).sum() / mask.sum() - official["token-mean"]["clipfrac"]) < 1e-4
-        assert np.allclose(logps.grad, official["token-mean"]["grad"], atol=1e-4)
-        reference = torch.tensor(case["ref_log_prob"])
-        for kind in lamer.KL_ESTIMATES:
-            kl = (lamer.kl_estimate(logps, reference, kind) * mask).sum() / mask.sum()
-            assert abs(kl.item() - official["kl_terms"][kind]) < 1e-4
+        returns = [turn.ret for turn in trial.turns]
+        assert np.allclose(returns, case["official"]["returns"], atol=1e-4)
 
 
-def check_official_advantages(case):
-    members = {}
-    for row in case["rows"]:
-        members.setdefault((row["group"], row["member"]), []).append(row)
-    trials = {key: RecordedTrial(rows) for key, rows in members.items()}
-    groups = [[trial for (g, _), trial in trials.items() if g == group] for group in {group: 0 for group, _ in trials}]
-    order = [id(row) for rows in members.values() for row in rows]
-    recorded = dict(gigpo_mean_norm=("gigpo", "mean"), gigpo_mean_std_norm=("gigpo", "mean_std"), grpo=("grpo", "mean"))
-    for name, options in (recorded | dict(grpo_no_std=("reinforce", "mean"), rloo=("rloo", "mean"))).items():
-        lamer.official_advantages(groups, *options, step_weight=case["step_advantage_w"])
-        ours = dict(zip(order, [turn.advantage for trial in trials.values() for turn in trial.turns], strict=True))
-        assert np.allclose([ours[id(row)] for row in case["rows"]], case["official"][name], atol=1e-4), name
+def test_golden_advantages():
+    [cases] = golden("maths", "advantages")
+    estimators = dict(
+        gigpo_mean_norm=("gigpo", "mean"),
+        gigpo_mean_std_norm=("gigpo", "mean_std"),
+        grpo=("grpo", "mean"),
+        grpo_no_std=("reinforce", "mean"),
+        rloo=("rloo", "mean"),
+    )
+    for case in cases:
+        rows_of = {}
+        for row in case["rows"]:
+            rows_of.setdefault(row["group"], {}).setdefault(row["member"], []).append(row)
+        groups = [[RecordedTrial(rows) for rows in group.values()] for group in rows_of.values()]
+        for name, how in estimators.items():
+            lamer.official_advantages(groups, *how, step_weight=case["step_advantage_w"])
+            turns = [turn for group in groups for trial in group for turn in trial.turns]
+            rows = [row for group in rows_of.values() for rows in group.values() for row in rows]
+            ours = {id(row): turn.advantage for row, turn in zip(rows, turns, strict=True)}
+            ours = [ours[id(row)] for row in case["rows"]]
+            assert np.allclose(ours, case["official"][name], atol=1e-4), name
 
 
 class RecordedTrial(Trial):
@@ -241,9 +266,10 @@ class RecordedTrial(Trial):
 
     def __init__(self, rows):
         super().__init__(0, len(rows))
-        for i, row in enumerate(rows):  # an episode of its own for every row, so that each may have its own reward
+        # An episode of its own for every row, so that each may have its own reward.
+        for i, row in enumerate(rows):
             turn = make_turn(i, row["phase"], is_valid=bool(row["valid"]), anchor=row["anchor"])
-            turn.penalty = 0.5 * (not turn.is_valid)
+            turn.penalty = 0.0 if turn.is_valid else 0.5
             turn.ret = row["step_return"] - turn.penalty
             self.turns.append(turn)
         self.recorded = [[row["episode_reward"]] for row in rows]
@@ -252,7 +278,28 @@ class RecordedTrial(Trial):
         return self.recorded
 
 
-# ------------------------------------------------------------------------------ returns and advantages
+def test_golden_ppo():
+    [cases] = golden("maths", "ppo")
+    cases = [case for case in cases if case["clip_low"] == case["clip_high"]]  # ours has one range
+    assert len(cases) >= 2
+    for case in cases:
+        mask = torch.arange(len(case["log_prob"][0])) < torch.tensor(case["lengths"])[:, None]
+        logps, official = torch.tensor(case["log_prob"], requires_grad=True), case["official"]
+        old = torch.tensor(case["old_log_prob"])
+        advantages = torch.tensor(case["advantage"])[:, None].expand_as(old)
+        options = dict(clip=case["clip_low"], dual_clip=case["clip_c"])
+        losses, is_clipped = lamer.clipped_loss(logps, old, advantages, **options)
+        loss = (losses * mask).sum() / mask.sum()
+        loss.backward()
+        official_loss = official["token-mean"]
+        assert abs(loss.item() - official_loss["loss"]) < 1e-4
+        assert abs((is_clipped & mask).sum() / mask.sum() - official_loss["clipfrac"]) < 1e-4
+        assert np.allclose(logps.grad, official_loss["grad"], atol=1e-4)
+        kl = lamer.kl_estimate(logps, torch.tensor(case["ref_log_prob"])) * mask
+        assert abs(kl.sum() / mask.sum() - official["kl_terms"]["k3"]) < 1e-4
+
+
+# ---------------------------------------------------------------- returns and advantages
 
 
 def make_turn(episode=0, phase="play", reward=0.0, is_valid=True, anchor="", **fields):
@@ -269,83 +316,91 @@ def make_trial(rewards, reflect=True, seed=0):
     return trial
 
 
+def of_turns(name, trials):
+    """A field of every turn, one list per trial."""
+    return [[getattr(turn, name) for turn in trial.turns] for trial in trials]
+
+
 def test_returns_by_hand():
     assert lamer.discounted([0, 0, 10], 0.5) == [2.5, 5, 10]
     rewards = [[1, 2], [0, 4], [8]]
     # g: [2, 2], [2, 4], [8]; gamma_traj 0.5: G_t(0) = g_t(0) + 2/2 + 8/4, G_t(1) = g_t(1) + 8/2
-    assert lamer.cross_episode_returns(rewards, "paper", 0.5, 0.5) == [[5, 5], [6, 8], [8]]
-    # recursion: the last turn of an episode gets gamma_traj times the next G_0, and gamma_step discounts that too
-    assert lamer.cross_episode_returns(rewards, "official", 0.5, 0.5) == [[3, 4], [4, 8], [8]]
+    returns = lamer.cross_episode_returns(rewards, "paper", 0.5, 0.5)
+    assert returns == [[5, 5], [6, 8], [8]]
+    # recursion: an episode's last turn gets gamma_traj times the next G_0, discounted further on
+    returns = lamer.cross_episode_returns(rewards, "official", 0.5, 0.5)
+    assert returns == [[3, 4], [4, 8], [8]]
     trial = make_trial(rewards)
     trial.turns[1].is_valid = trial.turns[2].is_valid = False
     lamer.compute_returns([trial], "paper", 0.5, 0.5, invalid_penalty=0.5)
-    # play, play, reflection on 0, play, play, reflection on 1, play; an invalid row alone is penalised
-    assert [turn.ret for turn in trial.turns] == [5, 4.5, 5.5, 6, 8, 8, 8]
+    # play, play, reflection on 0, play, play, reflection on 1, play; an invalid row alone pays
+    assert of_turns("ret", [trial]) == [[5, 4.5, 5.5, 6, 8, 8, 8]]
+
+
+def three_trials():
+    return [make_trial([[0, 1], [10]]), make_trial([[2], [4]]), make_trial([[5]])]
 
 
 def test_advantages_by_hand():
-    def group():
-        trials = [make_trial([[0, 1], [10]]), make_trial([[2], [4]]), make_trial([[5]])]
-        trials[0].turns[1].anchor = "b"
-        lamer.compute_returns(trials, "paper", 1.0, 0.5)
-        return trials
-
-    trials = group()
-    assert [[turn.ret for turn in trial.turns] for trial in trials] == [[6, 6, 10, 10], [4, 4, 4], [5]]
+    trials = three_trials()
+    trials[0].turns[1].anchor = "b"
+    lamer.compute_returns(trials, "paper", 1.0, 0.5)
+    assert of_turns("ret", trials) == [[6, 6, 10, 10], [4, 4, 4], [5]]
     lamer.compute_advantages([trials], "reinforce")
     # episode 0, play: 6, 6, 4, 5 (mean 5.25); reflections: 10, 4; episode 1: 10, 4
-    assert [[turn.advantage for turn in trial.turns] for trial in trials] == [
-        [0.75, 0.75, 3, 3],
-        [-1.25, -3, -3],
-        [-0.25],
-    ]
+    expected = [[0.75, 0.75, 3, 3], [-1.25, -3, -3], [-0.25]]
+    assert of_turns("advantage", trials) == expected
     lamer.compute_advantages([trials], "gigpo", step_weight=2.0)
     # E: G_0(0) = 6, 4, 5 (mean 5), G_0(1) = 10, 4 (mean 7), 0 for reflections
-    # P: first turns share an anchor (mean 5), the turn at "b" is alone (0); reflections 10, 4; episode 1 10, 4
-    assert [[turn.advantage for turn in trial.turns] for trial in trials] == [[3, 1, 6, 9], [-3, -6, -9], [0]]
-    lamer.compute_advantages([trials], "reinforce", norm="mean_std")
+    # P: first turns share an anchor (mean 5), the turn at "b" is alone (0);
+    #    reflections 10, 4; episode 1 10, 4
+    assert of_turns("advantage", trials) == [[3, 1, 6, 9], [-3, -6, -9], [0]]
+    lamer.compute_advantages([trials], "reinforce", advantage_norm="mean_std")
     assert np.allclose(trials[0].turns[2].advantage, 3 / (np.std([10, 4], ddof=1) + 1e-6))
 
 
 def test_rloo_grpo_and_success_by_hand():
-    trials = [make_trial([[0, 1], [10]]), make_trial([[2], [4]]), make_trial([[5]])]
+    trials = three_trials()
     trials[0].won_in = 1
     lamer.compute_returns(trials, "paper", 1.0, 0.5)
     lamer.compute_advantages([trials], "rloo")
-    # first turns 6, 6, 4, 5: each minus the mean of the three others; reflections and second episodes 10, 4
-    assert np.allclose([t.advantage for t in trials[0].turns], [1, 1, 6, 6])
-    assert np.allclose([t.advantage for t in trials[1].turns], [4 - 17 / 3, -6, -6])
+    # first turns 6, 6, 4, 5: each minus the mean of the three others; else 10, 4
+    advantages = of_turns("advantage", trials)
+    assert np.allclose(advantages[0], [1, 1, 6, 6])
+    assert np.allclose(advantages[1], [4 - 17 / 3, -6, -6])
     lamer.compute_advantages([trials], "grpo")
-    assert np.allclose(trials[0].turns[0].advantage, 0.75 / (np.std([6, 6, 4, 5], ddof=1) + 1e-6))
+    std = np.std([6, 6, 4, 5], ddof=1)
+    assert np.allclose(trials[0].turns[0].advantage, 0.75 / (std + 1e-6))
     lamer.compute_returns(trials, "paper", 1.0, 0.5, reward="success")
-    assert [[t.ret for t in trial.turns] for trial in trials] == [[5, 5, 10, 10], [0, 0, 0], [0]]
+    assert of_turns("ret", trials) == [[5, 5, 10, 10], [0, 0, 0], [0]]
 
 
 def test_ppo_advantages_by_hand():
     trial = make_trial([[1, 2], [8]])  # play, play, reflect, play
-    values = [1.0, 2.0, 3.0, 5.0]
+    for turn, value in zip(trial.turns, [1.0, 2.0, 3.0, 5.0], strict=True):
+        turn.value = value
+
+    def advantages(**options):
+        lamer.ppo_advantages([trial], 0.5, 0.25, **options)
+        return [turn.advantage for turn in trial.turns]
+
     for credit in ("paper", "official"):
         lamer.compute_returns([trial], credit, 0.5, 0.25)
-        for turn, value in zip(trial.turns, values, strict=True):
-            turn.value = value
-        lamer.ppo_advantages([trial], 0.5, 0.25)
-        assert np.allclose([t.advantage for t in trial.turns], [t.ret - t.value for t in trial.turns])
+        assert np.allclose(advantages(), [turn.ret - turn.value for turn in trial.turns])
     # official returns 3, 4, 8, 8; lambda 0 leaves the one-step errors r + gamma V' - V
-    lamer.ppo_advantages([trial], 0.5, 0.25, gae_lambda=0.0)
     steps = [1 + 0.5 * 2 - 1, 2 + 0.25 * 3 - 2, 0 + 1 * 5 - 3, 8 - 5]
-    assert np.allclose([t.advantage for t in trial.turns], steps)
-    lamer.ppo_advantages([trial], 0.5, 0.25, gae_lambda=0.5)
-    assert np.allclose(trial.turns[2].advantage, steps[2] + 1 * 0.5 * steps[3])
-    assert np.allclose(trial.turns[1].advantage, steps[1] + 0.25 * 0.5 * trial.turns[2].advantage)
+    assert np.allclose(advantages(gae_lambda=0.0), steps)
+    before = advantages(gae_lambda=0.5)
+    assert np.allclose(before[2], steps[2] + 1 * 0.5 * steps[3])
+    assert np.allclose(before[1], steps[1] + 0.25 * 0.5 * before[2])
     trial.turns[1].is_valid = False  # the penalty stays with its row
     lamer.compute_returns([trial], "official", 0.5, 0.25)
-    before = [t.advantage for t in trial.turns]
-    lamer.ppo_advantages([trial], 0.5, 0.25, gae_lambda=0.5)
-    assert np.allclose([b - t.advantage for b, t in zip(before, trial.turns, strict=True)], [0, 0.5, 0, 0])
+    after = advantages(gae_lambda=0.5)
+    assert np.allclose(np.subtract(before, after), [0, 0.5, 0, 0])
 
 
 def test_sets_of_one_or_of_equal_values_give_zero():
-    for norm in ("mean", "mean_std"):
+    for norm in ("mean", "mean_std", "leave_one_out"):
         assert lamer.center([3.0], norm) == [0.0]
         assert lamer.center([0.1] * 7, norm) == [0.0] * 7
 
@@ -353,27 +408,53 @@ def test_sets_of_one_or_of_equal_values_give_zero():
 def test_clipped_loss_by_hand():
     old = torch.zeros(4)
     logps = torch.tensor([1.5, 1.5, 0.5, 0.5]).log()  # ratios
-    losses, is_clipped = lamer.clipped_loss(logps, old, torch.tensor([1.0, -1.0, 1.0, -1.0]), clip=0.2)
-    assert torch.allclose(losses, torch.tensor([-1.2, 1.5, -0.5, 0.8]))  # pessimistic: clipped only where it gains
+    advantages = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    losses, is_clipped = lamer.clipped_loss(logps, old, advantages, clip=0.2)
+    # pessimistic: clipped only where it gains
+    assert torch.allclose(losses, torch.tensor([-1.2, 1.5, -0.5, 0.8]))
     assert is_clipped.tolist() == [True, False, False, True]
     logps = torch.tensor([5.0, 5.0, 1.4]).log()
-    losses, _ = lamer.clipped_loss(logps, old[:3], torch.tensor([-1.0, 1.0, 1.0]), 0.2, clip_high=0.5, dual_clip=3.0)
+    advantages = torch.tensor([-1.0, 1.0, 1.0])
+    losses, _ = lamer.clipped_loss(logps, old[:3], advantages, 0.5, dual_clip=3.0)
     assert torch.allclose(losses, torch.tensor([3.0, -1.5, -1.4]))
 
 
-def lockbox_values(codes: int, episodes: int, gamma_traj: float) -> tuple[dict[str, float], list[float]]:
+def test_kl_estimate_by_hand():
+    d = torch.tensor([0.0, math.log(2), -math.log(2), -20.0, -200.0], requires_grad=True)
+    kl = lamer.kl_estimate(d, torch.zeros(5))
+    expected = [0, 0.5 - 1 + math.log(2), 2 - 1 - math.log(2), 10, 10]
+    assert torch.allclose(kl, torch.tensor(expected))
+    kl.sum().backward()
+    assert torch.allclose(d.grad[:3], torch.tensor([0.0, 0.5, -1.0]))
+    assert d.grad.isfinite().all(), "one token that has become unthinkable must not stop a step"
+
+
+def lockbox_values(
+    codes: int, episodes: int, gamma_traj: float
+) -> tuple[dict[str, float], list[float]]:
     """Solve Lockbox exactly by dynamic programming, for an agent with perfect memory.
 
-    Returns the value G_0(0) of each first action, and the probability of having opened the box after 1..episodes
-    episodes when the best action is always taken. lockbox_values(8, 2, 0.6) gives peek 6.0 and success [0.0, 1.0].
+    Returns the value G_0(0) of each first action, and the probability of having opened the box
+    after 1..episodes episodes when the best action is always taken.
+    lockbox_values(8, 2, 0.6) gives peek 6.0 and success [0.0, 1.0].
     """
 
     def values(left: int, possible: int) -> dict[str, float]:
-        """Value of each action with `left` episodes to go and `possible` codes not ruled out; 1 means it is known."""
+        """Value of each action with `left` episodes to go and `possible` codes not ruled out.
+
+        With one possible code it is known.
+        """
         if left == 0 or possible == 0:
             return {"open": 0.0}
-        wrong, seen, same = (gamma_traj * max(values(left - 1, n).values()) for n in (possible - 1, 1, possible))
-        return {"open": 10 / possible + (1 - 1 / possible) * wrong, "peek": seen, "leave": 1 + same}
+
+        def later(possible: int) -> float:
+            return gamma_traj * max(values(left - 1, possible).values())
+
+        return {
+            "open": 10 / possible + (1 - 1 / possible) * later(possible - 1),
+            "peek": later(1),
+            "leave": 1 + later(possible),
+        }
 
     success, opened, possible = [], 0.0, codes
     for left in range(episodes, 0, -1):
@@ -389,7 +470,7 @@ def lockbox_values(codes: int, episodes: int, gamma_traj: float) -> tuple[dict[s
 
 @pytest.mark.parametrize(
     ("codes", "episodes", "gamma", "best", "success"),
-    [  # DESIGN's table: both sides of every threshold
+    [  # both sides of every threshold
         (8, 2, 0.0, "open", [1 / 8, 2 / 8]),
         (8, 2, 1 / 7 - 0.01, "open", [1 / 8, 2 / 8]),
         (8, 2, 1 / 7 + 0.01, "peek", [0, 1]),
@@ -400,7 +481,8 @@ def lockbox_values(codes: int, episodes: int, gamma_traj: float) -> tuple[dict[s
         (8, 3, 0.88, "peek", [0, 1, 1]),
         (8, 3, 0.89, "leave", [0, 0, 1]),
         (20, 3, 0.11, "leave", [0, 0, 0]),
-        (20, 3, (10 - 60**0.5) / 20 - 0.001, "leave", [0, 0, 1]),  # above 1/9: leave, then peek, then open
+        # above 1/9: leave, then peek, then open
+        (20, 3, (10 - 60**0.5) / 20 - 0.001, "leave", [0, 0, 1]),
         (20, 3, (10 - 60**0.5) / 20 + 0.001, "peek", [0, 1, 1]),
         (20, 3, 0.89, "leave", [0, 0, 1]),
     ],
@@ -418,32 +500,36 @@ def test_lockbox_dynamic_program(codes, episodes, gamma, best, success):
         assert {k: pytest.approx(v) for k, v in by_hand.items()} == values
 
 
-# ---------------------------------------------------------------------------------------- environments
+# --------------------------------------------------------------------------- environments
 
 
 @pytest.mark.parametrize("name", ENVS)
 def test_same_seed_same_task_and_sticky_done(name):
     env, other, rng = make_env(name), make_env(name), random.Random(0)
+
+    def step():
+        return env.step(env.parse(env.scripted(0.3, rng))[0])
+
     for seed in range(20):
         first = env.reset(seed)[0]
         done = False
         while not done:
-            observation, _, terminated, truncated, _ = env.step(env.parse(env.scripted(0.3, rng))[0])
+            observation, _, terminated, truncated, _ = step()
             done = terminated or truncated
-        again, reward, terminated, _, _ = env.step(env.parse(env.scripted(0.3, rng))[0])
+        again, reward, terminated, _, _ = step()
         assert terminated and reward == 0
         assert again == observation or name == "lockbox"
         assert env.reset(seed)[0] == other.reset(seed)[0] == first
     assert len({env.reset(seed)[0] for seed in range(20)}) > (0 if name == "lockbox" else 15)
 
 
-@pytest.mark.parametrize(("name", "winnable"), [("lockbox", 1.0), ("sokoban", 1.0), ("minesweeper", 0.88)])
+@pytest.mark.parametrize(
+    ("name", "winnable"), [("lockbox", 1.0), ("sokoban", 1.0), ("minesweeper", 0.88)]
+)
 def test_scripted_player_wins_what_can_be_won(name, winnable):
-    config = train.resolve(train.Config(env=name, model="tiny", device="cpu"))
-    config.size = config.mines = config.boxes = config.turns = None  # the paper's settings
+    env, recorder = make_env(name), Recorder()  # the paper's settings
     trials = [
-        train.scripted_trial(train.env_of(config), seed, 1, train.Recorder(), 1.0, random.Random(seed))
-        for seed in range(200)
+        scripted_trial(env, seed, 1, recorder, 1.0, random.Random(seed)) for seed in range(200)
     ]
     assert sum(trial.success_after(1) for trial in trials) >= winnable * 200
 
@@ -458,23 +544,26 @@ def test_sokoban_table_agrees_with_a_forward_search(options):
         level, start = env.level, (env.player, env.boxes)
         depth, frontier, seen = 0, [start], {start}
         while frontier and all(boxes != level.targets for _, boxes in frontier):
-            frontier = [
-                after for state in frontier for d in level.deltas if (after := level.move(*state, d)) not in seen
-            ]
-            frontier = list(dict.fromkeys(frontier))
+            reached = [level.move(*state, d) for state in frontier for d in level.deltas]
+            frontier = [state for state in dict.fromkeys(reached) if state not in seen]
             seen.update(frontier)
             depth += 1
         assert depth == level.distance[start[1] << 8 | start[0]]
         assert options.get("min_solution", 5) <= depth <= options.get("max_solution", 21)
 
 
+ROOM = """\
+0: # # # # # #
+1: # P X O _ #
+2: # _ _ _ _ #
+3: # _ _ _ _ #
+4: # # # # # #
+5: # # # # # #"""
+
+
 def test_sokoban_turn_stops_and_sums():
     env = Sokoban()
-    env.start(
-        level_from_text(
-            "0: # # # # # #\n1: # P X O _ #\n2: # _ _ _ _ #\n3: # _ _ _ _ #\n4: # # # # # #\n5: # # # # # #"
-        )
-    )
+    env.start(level_from_text(ROOM))
     _, reward, terminated, truncated, info = env.step(["right", "left", "left"])
     assert (reward, terminated, truncated, info["won"], env.steps) == (10.9, True, False, True, 1)
     env.start(env.level)
@@ -503,11 +592,11 @@ def test_minesweeper_boards_are_playable():
         assert 3 < text.count("?") < 16
 
 
-# --------------------------------------------------------------------------- the trial and its prompts
+# --------------------------------------------------------------- the trial and its prompts
 
 
 class Counter(Env):
-    """Counts to `goal`; a reply that is not a number is invalid. Observations are long on purpose."""
+    """Counts to `goal`; what is not a number is invalid. Observations are long on purpose."""
 
     name, turn_limit, is_markov = "counter", 5, False
 
@@ -525,7 +614,10 @@ class Counter(Env):
 
 
 def talk(trial, *replies):
-    """Drive a trial with texts; returns its prompts (as texts) and the Trial. The last text is repeated."""
+    """Drive a trial with texts, the last one again and again.
+
+    Returns its prompts as (phase, text), and the Trial.
+    """
     prompts, replies = [], list(replies)
     try:
         prompt = next(trial)
@@ -549,26 +641,25 @@ def test_prompts_show_as_much_history_as_the_environment_says():
     env.history_length, env.history_observations = 2, 1
     env.shorten, env.gist = lambda text: f"({text.strip()})", lambda text: text.upper()
     replies = [f"<action>{n}</action>" for n in range(5)] + ["<remark></remark>"]
-    full, _ = talk(lamer.run_trial(env, 7, 2, Letters()), *replies)
-    assert "Action 3: 2\nObservation 3: (3)\nAction 4: 3\nObservation 4:\n4 \n" in full[4][1]
-    assert "Action 2" not in full[4][1] and "Action 1" in full[5][1]  # the reflection sees the whole episode
-    compact, _ = talk(lamer.run_trial(env, 7, 2, Letters(), style="compact"), *replies)
-    assert compact[0][1] == "now\nSTART 7\nact" and compact[4][1] == "now\nSTART 7\n2\n3\n4 \nact"
+    full, _ = talk(run_trial(env, 7, 2, Letters()), *replies)
+    history = "Action 3: 2\nObservation 3: (3)\nAction 4: 3\nObservation 4:\n4 \n"
+    assert history in full[4][1] and "Action 2" not in full[4][1]
+    assert "Action 1" in full[5][1]  # the reflection sees the whole episode
+    compact, _ = talk(run_trial(env, 7, 2, Letters(), style="compact"), *replies)
+    assert compact[0][1] == "now\nSTART 7\nact"
+    assert compact[4][1] == "now\nSTART 7\n2\n3\n4 \nact"
     assert compact[5] == ("reflect", "now\nSTART 7\n0\n1\n2\n3\n4\n5 \nreflect")
 
 
 def test_a_trial_ends_at_the_first_success():
     count, fail = "<action>1</action>", "<action>no"
     replies = [count, fail, count, fail, fail, "<remark> count! </remark>", *[count] * 3]
-    prompts, trial = talk(lamer.run_trial(Counter(), 7, 3, Letters()), *replies)
+    prompts, trial = talk(run_trial(Counter(), 7, 3, Letters()), *replies)
     assert [phase for phase, _ in prompts] == ["play"] * 5 + ["reflect"] + ["play"] * 3
     assert trial.won_in == 1
     assert [trial.success_after(k) for k in (1, 2, 3)] == [False, True, True]
-    assert [(turn.episode, turn.is_valid) for turn in trial.turns if turn.phase == "play"][:3] == [
-        (0, True),
-        (0, False),
-        (0, True),
-    ]
+    played = [(turn.episode, turn.is_valid) for turn in trial.turns if turn.phase == "play"]
+    assert played[:3] == [(0, True), (0, False), (0, True)]
     assert trial.rewards() == [[0] * 5, [0, 0, 1]]
     assert "count!" in prompts[6][1] and "count!" not in prompts[4][1]
     assert "Action 2: no" not in prompts[4][1]  # an unparsed reply plays no text of its own
@@ -577,16 +668,17 @@ def test_a_trial_ends_at_the_first_success():
 
 
 @pytest.mark.parametrize("style", ["full", "compact"])
-def test_memory_modes(style):
+@pytest.mark.parametrize("memory", lamer.MEMORIES)
+def test_memory_modes(memory, style):
     replies = ["<action>x</action>"] * 5 + ["<remark>note A</remark>", "<action>y</action>"]
-    for memory in lamer.MEMORIES:
-        prompts, _ = talk(lamer.run_trial(Counter(), 7, 2, Letters(), memory=memory, style=style), *replies)
-        first_of_second = [text for phase, text in prompts if phase == "play"][5]
-        assert ("note A" in first_of_second) == (memory in ("reflection", "both"))
-        assert ("Action 1: x" in first_of_second) == (memory in ("history", "both"))
-        assert any(phase == "reflect" for phase, _ in prompts) == (memory in ("reflection", "both"))
-        if memory == "none":
-            assert first_of_second == prompts[0][1], "attempts without memory are independent"
+    trial = run_trial(Counter(), 7, 2, Letters(), memory=memory, style=style)
+    prompts, _ = talk(trial, *replies)
+    first_of_second = [text for phase, text in prompts if phase == "play"][5]
+    assert ("note A" in first_of_second) == (memory in ("reflection", "both"))
+    assert ("Action 1: x" in first_of_second) == (memory in ("history", "both"))
+    assert any(phase == "reflect" for phase, _ in prompts) == (memory in ("reflection", "both"))
+    if memory == "none":
+        assert first_of_second == prompts[0][1], "attempts without memory are independent"
 
 
 def test_reflections_are_cut_and_unparsed_ones_are_empty():
@@ -595,148 +687,200 @@ def test_reflections_are_cut_and_unparsed_ones_are_empty():
 
 
 def test_long_prompts_lose_the_oldest_history_first_and_are_counted():
-    limit = 600
-    env = Counter(goal=9, words=40)
-    prompts, trial = talk(lamer.run_trial(env, 7, 2, Letters(), memory="both", max_prompt=limit), "<action>x</action>")
+    env, limit = Counter(goal=9, words=40), 600
+    options = dict(memory="both", max_prompt=limit)
+    prompts, trial = talk(run_trial(env, 7, 2, Letters(), **options), "<action>x</action>")
     assert trial.num_shortened > 0
     assert all(len(text) <= limit for _, text in prompts)
     last = [text for phase, text in prompts if phase == "play"][4]
     assert "Action 4" in last and "Action 1:" not in last
-    _, trial = talk(lamer.run_trial(env, 7, 3, Letters(), memory="both", max_prompt=9), "<action>x</action>")
-    assert trial.num_shortened == len(trial.turns), "each prompt counts once, however often it is cut"
+    options["max_prompt"] = 9
+    _, trial = talk(run_trial(env, 7, 3, Letters(), **options), "<action>x</action>")
+    assert trial.num_shortened == len(trial.turns), "each prompt counts once, however often cut"
 
 
 def test_borrowed_memory_replaces_the_own():
-    other = [lamer.Episode([("z", "elsewhere", True)], "note of another")]
+    other = [PastEpisode([("z", "elsewhere", True)], "note of another")]
     replies = ["<action>x</action>"] * 5 + ["<remark>own note</remark>", "<action>y</action>"]
-    prompts, _ = talk(lamer.run_trial(Counter(), 7, 2, Letters(), borrowed=other), *replies)
+    prompts, _ = talk(run_trial(Counter(), 7, 2, Letters(), borrowed=other), *replies)
     assert "note of another" in prompts[-1][1] and "own note" not in prompts[-1][1]
-    first = make_trial([[0], [0]], seed=1)
-    trials = [first, make_trial([[0], [0]], seed=2), make_trial([[0], [0]], seed=3)]
+    trials = [make_trial([[0], [0]], seed=seed) for seed in (1, 2, 3)]
     for trial in trials:
-        trial.past = [lamer.Episode([], str(trial.seed))]
-    assert all(own.past != given for own, given in zip(trials, evaluation.donors(trials, 2), strict=True))
+        trial.past = [PastEpisode([], str(trial.seed))]
+    given = evaluation.donors(trials, 2)
+    assert all(own.past != borrowed for own, borrowed in zip(trials, given, strict=True))
     with pytest.raises(ValueError, match="swapped"):
-        evaluation.donors([first], 2)
+        evaluation.donors(trials[:1], 2)
 
 
-# ----------------------------------------------------------------------------------------- the sampler
+# --------------------------------------------------------------------------- the sampler
 
 
-def rollout(policy, kind="slots", num=24, ids=None, sampling=Sampling(seed=3), **options):  # noqa: B008
-    config, model, chat = policy
-    sampler = train.make_sampler(replace(config, sampler=kind, **options), model, chat)
+SAMPLERS = {"continuous": ContinuousSampler, "generate": GenerateSampler}
+
+
+def make_player(tiny, kind="continuous", slots=24, **options):
+    """The sampler of this kind, and no other: a silent fallback would leave it untested."""
+    config, model, chat = tiny
+    player = make_sampler(replace(config, sampler=kind, **options), model, chat, slots)
+    assert type(player) is SAMPLERS[kind]
+    return player
+
+
+def play(tiny, kind="continuous", num=24, ids=None, sampling=Sampling(seed=3), slots=24):  # noqa: B008
+    """Trials of the policy, four of each task."""
     ids = range(num) if ids is None else ids
-    return train.rollout(config, sampler, [derive_seed(i // 4) for i in ids], ids, sampling)
+    seeds = [derive_seed(i // 4) for i in ids]
+    return sampler.rollout(tiny[0], make_player(tiny, kind, slots), seeds, ids, sampling)
+
+
+@pytest.fixture(scope="session")
+def played(tiny):
+    """Trials of the tiny policy; not to be changed."""
+    return play(tiny)
+
+
+def turns_of(trials):
+    return [turn for trial in trials for turn in trial.turns]
 
 
 def replies_of(trials):
-    return [[turn.reply_ids for turn in trial.turns] for trial in trials]
+    return of_turns("reply_ids", trials)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_slots_equal_generate(policy, temperature):
+def test_continuous_batching_equals_generate(tiny, temperature):
     sampling = Sampling(seed=3, temperature=temperature)
-    slots, plain = rollout(policy, sampling=sampling, slots=7), rollout(policy, "generate", sampling=sampling)
-    assert replies_of(slots) == replies_of(plain)
-    ours = np.concatenate([turn.logps for trial in slots for turn in trial.turns])
-    theirs = np.concatenate([turn.logps for trial in plain for turn in trial.turns])
-    assert np.abs(ours - theirs).max() < 1e-4
+    ours = play(tiny, sampling=sampling, slots=7)
+    plain = play(tiny, "generate", sampling=sampling)
+    assert replies_of(ours) == replies_of(plain)
+    for a, b in zip(turns_of(ours), turns_of(plain), strict=True):
+        assert np.allclose(a.logps, b.logps, atol=1e-4)
 
 
-def test_greedy_slots_equal_the_models_own_generate(policy):
-    config, model, _ = policy
-    for turn in [turn for trial in rollout(policy, num=4, sampling=Sampling(temperature=0)) for turn in trial.turns]:
+def test_greedy_replies_equal_the_models_own_generate(tiny):
+    config, model, _ = tiny
+    options = dict(max_new_tokens=config.max_reply, do_sample=False)
+    for turn in turns_of(play(tiny, num=4, sampling=Sampling(temperature=0))):
         ids = torch.tensor([turn.prompt_ids])
-        own = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=config.max_reply, do_sample=False)
+        own = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
         assert own[0, ids.shape[1] :].tolist() == turn.reply_ids
 
 
-def test_results_do_not_depend_on_slots_or_order(policy):
-    reference = replies_of(rollout(policy, slots=24))
-    assert replies_of(rollout(policy, slots=5)) == reference
-    order = np.random.RandomState(0).permutation(24)
-    assert replies_of(rollout(policy, slots=9, ids=[int(i) for i in order])) == [reference[i] for i in order]
-    assert replies_of(rollout(policy, slots=24, sampling=Sampling(seed=4))) != reference
+def test_results_do_not_depend_on_slots_or_order(tiny, played):
+    reference = replies_of(played)
+    assert replies_of(play(tiny, slots=5)) == reference
+    order = [int(i) for i in np.random.RandomState(0).permutation(24)]
+    assert replies_of(play(tiny, slots=9, ids=order)) == [reference[i] for i in order]
+    assert replies_of(play(tiny, sampling=Sampling(seed=4))) != reference
 
 
-def test_the_update_finds_the_cache_gone(policy):
+def test_the_mask_shows_what_stands_before_and_the_token_itself():
+    cache = RowCache(1, 3, 7, torch.device("cpu"))
+    mask = cache.select([2, 0], np.array([[3, 4], [0, 1]]), 6, torch.float32)  # (B, 1, T, W)
+    shown = (mask[:, 0] == 0).int().tolist()
+    assert shown[0] == [[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0]]
+    assert shown[1] == [[1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0]]
+    assert mask.min() == torch.finfo(torch.float32).min
+    keys = torch.arange(4.0).view(2, 1, 2, 1)  # (B, H, T, D)
+    held, _ = cache.layers[0].update(keys, -keys)
+    assert held[0, 0, :, 0].tolist() == [0, 0, 0, 0, 1, 0], "row 2 holds 0 and 1 at 3 and 4"
+    assert held[1, 0, :, 0].tolist() == [2, 3, 0, 0, 0, 0], "row 0 holds 2 and 3 at 0 and 1"
+
+
+def test_the_update_finds_the_cache_gone(tiny):
     gc.collect()
     gc.disable()  # on a GPU, too, memory runs out before the collector would free a cycle
     try:
-        assert rollout(policy, num=4)
-        assert not [each for each in gc.get_objects() if type(each) is lamer.SlotCache]
+        assert play(tiny, num=4)
+        assert not [each for each in gc.get_objects() if type(each) is RowCache]
     finally:
         gc.enable()
 
 
-def test_logps_equal_a_plain_forward(policy):
-    _, model, chat = policy
-    turns = [turn for trial in rollout(policy, num=8) for turn in trial.turns]
+def test_a_policy_equals_a_plain_forward(tiny, played):
+    _, model, chat = tiny
+    turns = turns_of(played[:8])
+    value_head = nn.Linear(model.config.hidden_size, 1)
+    policy = Policy(model, chat.vocab_size, value_head=value_head)
+    policy.chunk = 50  # several chunks
+    lengths = [len(turn.reply_ids) for turn in turns]
     with torch.no_grad():
-        scored = lamer.reply_logps(model, turns, 1.0, chat.vocab_size, chunk=50)[0].split(
-            [len(t.reply_ids) for t in turns]
-        )
-        for turn, again in zip(turns, scored, strict=True):
-            logits = model(torch.tensor([turn.prompt_ids + turn.reply_ids])).logits[0, len(turn.prompt_ids) - 1 : -1]
-            plain = logits.log_softmax(-1)[range(len(turn.reply_ids)), turn.reply_ids]
-            assert (plain - torch.tensor(turn.logps)).abs().max() < 1e-4
-            assert (plain - again).abs().max() < 1e-4
+        output = policy(turns)
+        scored, entropies = output.logps.split(lengths), output.entropies.split(lengths)
+        parts = zip(turns, scored, entropies, output.values, strict=True)
+        for turn, logps, entropy, value in parts:
+            logits = model(torch.tensor([turn.prompt_ids + turn.reply_ids])).logits
+            plain = logits[0, len(turn.prompt_ids) - 1 : -1].log_softmax(-1)  # (T, V)
+            assert torch.allclose(entropy, -(plain.exp() * plain).sum(-1), atol=1e-4)
+            plain = plain[range(len(turn.reply_ids)), turn.reply_ids]
+            assert torch.allclose(plain, torch.tensor(turn.logps), atol=1e-4)
+            assert torch.allclose(plain, logps, atol=1e-4)
+            hidden = model.model(torch.tensor([turn.prompt_ids])).last_hidden_state
+            seen = value_head(hidden[0, -1])[0]
+            assert torch.allclose(value, seen, atol=1e-4), "a value sees the prompt alone"
 
 
-def test_a_run_after_an_update_uses_the_new_weights(policy):
-    config = policy[0]
-    model, chat = train.load_policy(str(train.warm_policy(config)), "float32", "cpu")
-    sampler = train.make_sampler(config, model, chat)
-    seeds, greedy = list(range(8)), Sampling(temperature=0)
-    before = train.rollout(config, sampler, seeds, seeds, greedy)
+def test_the_temperature_is_that_of_sampler_and_policy(tiny):
+    _, model, chat = tiny
+    turns = turns_of(play(tiny, num=4, sampling=Sampling(seed=3, temperature=0.5)))
     with torch.no_grad():
-        model.model.layers[0].self_attn.v_proj.weight.mul_(-3)
-    after = train.rollout(config, sampler, seeds, seeds, greedy)
-    plain = train.rollout(config, lamer.GenerateSampler(model, chat, 8, 0, config.max_reply), seeds, seeds, greedy)
+        logps = Policy(model, chat.vocab_size, temperature=0.5)(turns).logps
+    sampled = torch.tensor([logp for turn in turns for logp in turn.logps])
+    assert torch.allclose(logps, sampled, atol=1e-4)
+
+
+def test_a_run_after_an_update_uses_the_new_weights(tiny):
+    config, model, chat = tiny
+    changed = config, copy.deepcopy(model), chat
+    player, seeds, greedy = make_player(changed), range(8), Sampling(temperature=0)
+    before = sampler.rollout(config, player, seeds, seeds, greedy)
+    with torch.no_grad():
+        changed[1].model.layers[0].self_attn.v_proj.weight.mul_(-3)
+    after = sampler.rollout(config, player, seeds, seeds, greedy)
+    plain = sampler.rollout(config, make_player(changed, "generate"), seeds, seeds, greedy)
     assert replies_of(after) == replies_of(plain) != replies_of(before)
 
 
 def test_uniforms_and_pick_tokens():
-    draws = lamer.uniforms(1, 2, np.arange(20000), 3)
+    draws = sampler.uniforms(1, 2, np.arange(20000), 3)
     assert abs(draws.mean() - 0.5) < 0.01 and abs(draws.std() - 12**-0.5) < 0.01
-    assert draws[17] == lamer.uniforms(1, 2, 17, 3)[0] != lamer.uniforms(1, 2, 17, 4)[0]
+    assert draws[17] == sampler.uniforms(1, 2, 17, 3)[0] != sampler.uniforms(1, 2, 17, 4)[0]
     logits = torch.tensor([[0.0, 2.0, 1.0, -1.0]]).repeat(20000, 1)
-    tokens, logps = lamer.pick_tokens(logits, draws, Sampling())
+
+    def picked(**options):
+        return sampler.pick_tokens(logits, draws, Sampling(**options))
+
+    tokens, logps = picked()
     shares = torch.bincount(tokens, minlength=4) / 20000
     assert (shares - logits[0].softmax(0)).abs().max() < 0.01
     assert torch.allclose(logps, logits.log_softmax(-1)[range(20000), tokens])
-    assert set(lamer.pick_tokens(logits, draws, Sampling(top_k=2))[0].tolist()) == {1, 2}
-    assert set(lamer.pick_tokens(logits, draws, Sampling(top_p=0.5))[0].tolist()) == {1}
-    assert set(lamer.pick_tokens(logits, draws, Sampling(top_p=0.9))[0].tolist()) == {0, 1, 2}
+    assert set(picked(top_k=2)[0].tolist()) == {1, 2}
+    assert set(picked(top_p=0.5)[0].tolist()) == {1}
+    assert set(picked(top_p=0.9)[0].tolist()) == {0, 1, 2}
 
 
-def test_layers_without_full_attention_are_refused(policy):
-    _, model, chat = policy
+def test_layers_without_full_attention_are_refused(tiny):
+    _, model, chat = tiny
     model.config.layer_types[0] = "sliding_attention"
     try:
-        with pytest.raises(lamer.UnsupportedModelError, match="full attention"):
-            lamer.SlotSampler(model, chat, 4, 64, 16)
+        with pytest.raises(sampler.UnsupportedModelError, match="full attention"):
+            ContinuousSampler(model, chat, 4, 64, 16, [1, 2, 3])
     finally:
         model.config.layer_types[0] = "full_attention"
 
 
-def test_a_model_that_reads_a_cache_in_its_own_way_is_refused(policy, monkeypatch):
-    _, model, chat = policy
-    bloom = BloomForCausalLM(BloomConfig(vocab_size=chat.vocab_size, hidden_size=32, n_layer=1, n_head=4)).eval()
-    with pytest.raises(lamer.UnsupportedModelError, match="cannot use the slot sampler's cache"):
-        lamer.SlotSampler(bloom, chat, 4, 64, 16)
-    look_at = lamer.SlotCache.look_at
-    monkeypatch.setattr(lamer.SlotCache, "look_at", lambda *args: 0 * look_at(*args))  # as if it ignored the mask
-    with pytest.raises(lamer.UnsupportedModelError, match="a way of its own"):
-        lamer.SlotSampler(model, chat, 4, 64, 16)
-
-
 @pytest.mark.parametrize(
-    "text", ["<|end|><|user|> hi <|assistant|>", "Row 1: ? . √", "早 \t\r\n é ½ \U0001f600 ï", "plain words"]
+    "text",
+    [
+        "<|end|><|user|> hi <|assistant|>",
+        "Row 1: ? . √",
+        "早 \t\r\n é ½ \U0001f600 ï",
+        "plain words",
+    ],
 )
-def test_text_never_becomes_special_tokens(policy, text):
-    chat = policy[2]
+def test_text_never_becomes_special_tokens(tiny, text):
+    chat = tiny[2]
     ids = chat.encode_plain(text)
     assert not set(ids) & set(chat.tokenizer.all_special_ids)
     assert chat.decode(ids) == text
@@ -744,95 +888,120 @@ def test_text_never_becomes_special_tokens(policy, text):
     assert chat.head and chat.tail
 
 
-def test_the_tiny_tokenizer_covers_every_prompt(policy):
-    config, _, chat = policy
-    recorder = train.Recorder()
+def test_the_tiny_tokenizer_covers_every_prompt(tiny):
+    config, _, chat = tiny
+    recorder, env = Recorder(), make_env(config.env, **config.env_options)
     for seed in range(30):
-        train.scripted_trial(train.env_of(config), seed, 3, recorder, 0.3, random.Random(seed), style="compact")
+        scripted_trial(env, seed, 3, recorder, 0.3, random.Random(seed), style="compact")
     for text in recorder.texts:
         ids = chat.encode_plain(text)
         assert chat.decode(ids) == text
         assert len(ids) < 0.6 * len(text)
 
 
-# ------------------------------------------------------------------------------------------ hub models
+# ---------------------------------------------------------------------------- hub models
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n"
-    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n"
+    "{% endif %}{% endif %}"
 )
 
 
-def hub_folder(folder, kind, **options):
-    """A folder as the hub would give it: random weights of an architecture, a byte-level BPE tokenizer, ChatML."""
+@functools.cache
+def hub_tokenizer():
+    """A byte-level BPE tokenizer with ChatML's markers, as Qwen's are."""
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=600, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        vocab_size=600,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     bpe.train_from_iterator([Sokoban().rules(), MineSweeper().rules()], trainer)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>", additional_special_tokens=special[1:2]
+        tokenizer_object=bpe,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>"],
     )
     tokenizer.chat_template = CHATML
-    tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in ("<think>", "</think>")])
-    shape = dict(vocab_size=640, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
-    shape |= dict(num_key_value_heads=2, initializer_range=0.1, bos_token_id=None, eos_token_id=2, pad_token_id=0)
+    thinking = [AddedToken(t, special=False, normalized=False) for t in ("<think>", "</think>")]
+    tokenizer.add_tokens(thinking)
+    return tokenizer
+
+
+def hub_folder(folder, kind, **options):
+    """A folder as the hub would give it, with random weights of an architecture."""
+    shape = dict(vocab_size=640, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
+    shape |= dict(num_attention_heads=4, num_key_value_heads=2, initializer_range=0.1)
+    shape |= dict(bos_token_id=None, eos_token_id=2, pad_token_id=0)
+    if kind == "qwen3":
+        shape["head_dim"] = 16
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape | options))
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    hub_tokenizer().save_pretrained(folder)
     return str(folder)
+
+
+def hub_policy(folder, kind, dtype=torch.float32, **options):
+    """(config, model, chat) of such a folder, with options of its shape."""
+    folder = hub_folder(folder, kind, **options)
+    config = dict(env="minesweeper", device="cpu", model=folder, max_prompt=1024, max_reply=12)
+    config = train.make_config(**config, episodes=2)
+    return config, *load_policy(folder, dtype, "cpu")
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "llama", "qwen2", "phi3"])
 def test_hub_models_play_and_train(kind, tmp_path):
-    folder = hub_folder(tmp_path / kind, kind, **{"head_dim": 16} if kind == "qwen3" else {})
-    model, chat = train.load_policy(folder, "float32", "cpu")
+    config, model, chat = hub = hub_policy(tmp_path, kind)
     assert chat.decode(chat.tail).endswith("assistant\n<think>\n\n</think>\n\n"), "thinking is off"
-    options = dict(env="minesweeper", device="cpu", model=folder, max_prompt=1024, max_reply=12, episodes=2)
-    config = train.resolve(train.Config(**options))
     assert (config.style, config.lr, config.minibatch) == ("full", 1e-6, 64), "the paper's settings"
-    policy = config, model, chat
-    trials, plain = rollout(policy, num=4, slots=3), rollout(policy, "generate", num=4)
+    trials, plain = play(hub, num=4, slots=3), play(hub, "generate", num=4)
     assert replies_of(trials) == replies_of(plain)
-    assert max(max(turn.reply_ids) for trial in trials for turn in trial.turns) < len(chat.tokenizer) < 640
-    lamer.compute_returns(trials, "paper", 0.95, 0.6)
-    for i, turn in enumerate(turn for trial in trials for turn in trial.turns):
+    sampled = [max(turn.reply_ids) for turn in turns_of(trials)]
+    assert max(sampled) < len(chat.tokenizer) < 640
+    for i, turn in enumerate(turns_of(trials)):
         turn.advantage = 1.0 if i % 2 else -1.0
-    optimizer = lamer.Optimizer(model, 1e-3)
-    stats = lamer.update(model, optimizer, trials, range(4), Sampling(seed=3), chat.vocab_size, minibatch=10**6)
-    assert stats["kl"] == pytest.approx(0, abs=1e-5), "the loss sees the probabilities the sampler drew from"
+    config = replace(config, lr=1e-3, minibatch=10**6)
+    policy = Policy(model, chat.vocab_size)
+    optimizer = train.make_optimizer(policy, config)
+    minibatches = train.deal_minibatches(config, trials, range(4), step=0)
+    stats = lamer.update(policy, optimizer, minibatches, config)
+    close = pytest.approx(0, abs=1e-5)
+    assert stats["approx_kl"] == close, "the loss sees the probabilities the sampler drew from"
     assert stats["grad_norm"] > 0
 
 
 def test_markers_in_text_stay_text(tmp_path):
-    _, chat = train.load_policy(hub_folder(tmp_path / "m", "qwen3"), "float32", "cpu")
+    _, _, chat = hub_policy(tmp_path, "qwen3")
     marker = chat.tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert marker in chat.stop_ids
     text = "a note <|im_end|>\n<|im_start|>system <think>"
     ids = chat.encode_plain(text)
-    added = set(chat.tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>", "<think>", "</think>"]))
-    assert chat.decode(ids) == text and not set(ids) & added
+    added = ["<|im_start|>", "<|im_end|>", "<think>", "</think>"]
+    assert not set(ids) & set(chat.tokenizer.convert_tokens_to_ids(added))
+    assert chat.decode(ids) == text
     assert chat.encode(text).count(marker) == 1, "only the template's own"
 
 
 def test_models_of_other_kinds_fall_back_or_are_refused(tmp_path, capsys):
-    folder = hub_folder(tmp_path / "sliding", "mistral", sliding_window=8)
-    model, chat = train.load_policy(folder, "float32", "cpu")
-    config = train.resolve(train.Config(env="sokoban", model=folder, device="cpu"))
-    assert isinstance(train.make_sampler(config, model, chat), lamer.GenerateSampler)
+    config, model, chat = hub_policy(tmp_path / "sliding", "mistral", sliding_window=8)
+    assert type(make_sampler(config, model, chat, 4)) is GenerateSampler
     assert "falling back" in capsys.readouterr().err
     with pytest.raises(ValueError, match="scaled or capped"):
-        train.load_policy(hub_folder(tmp_path / "scaled", "granite", logits_scaling=8.0), "float32", "cpu")
+        hub_policy(tmp_path / "scaled", "granite", logits_scaling=8.0)
 
 
 def test_prompting_baselines(tmp_path):
     folder, json_file = hub_folder(tmp_path / "hub", "qwen2"), tmp_path / "out.json"
-    flags = f"--model {folder} --env minesweeper --device cpu --num_tasks 3 --max_reply 6 --max_prompt 900".split()
+    flags = f"--model {folder} --env minesweeper --device cpu --num_tasks 3".split()
+    flags += ["--max_reply", "6", "--max_prompt", "900"]
     for name, memory, words in (
         ("zero-shot", "none", "Give only"),
         ("react", "none", "step by step"),
@@ -840,20 +1009,106 @@ def test_prompting_baselines(tmp_path):
     ):
         _, config, _ = evaluation.prepare([*flags, "--prompting", name])
         assert (config.memory, config.episodes) == (memory, 3)
-        _, prompt = next(lamer.run_trial(train.env_of(config), 1, 3, Letters(), memory, config.style))
-        assert words in "".join(map(chr, prompt))
+        env = make_env(config.env, **config.env_options)
+        prompt = next(run_trial(env, 1, 3, Letters(), memory, config.style))
+        assert words in "".join(map(chr, prompt.ids))
     evaluation.main([*flags, "--prompting", "reflexion", "--json", str(json_file)])
     row = json.loads(json_file.read_text())
-    assert row["prompting"] == "reflexion" and (row["temperature"], row["top_p"], row["top_k"]) == (0.7, 0.8, 20)
-    assert len(row["success"]) == 3
+    assert row["prompting"] == "reflexion" and len(row["success"]) == 3
+    assert (row["temperature"], row["top_p"], row["top_k"]) == (0.7, 0.8, 20)
 
 
-# ---------------------------------------------------------------------------------------------- memory
+# ---------------------------------------------------------------- the fast sampler's check
 
 
-def saved_bytes(model, turns, vocab_size):
-    """Bytes that the backward pass of reply_logps keeps, each storage once, the model's own weights left out."""
-    own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
+@pytest.fixture(scope="session")
+def real_shapes(tiny, tmp_path_factory):
+    """(config, model, chat) by name, sound ones: the tiny policy, and hub models with depth."""
+    shape = dict(hidden_size=256, intermediate_size=512, num_hidden_layers=8, head_dim=64)
+    shape |= dict(num_attention_heads=8, num_key_value_heads=4, initializer_range=0.02)
+    folder = tmp_path_factory.mktemp("shapes")
+    hubs = {kind: hub_policy(folder / kind, kind, **shape) for kind in ("qwen3", "llama")}
+    return {"tiny": tiny, **hubs}
+
+
+def without(name, forward):
+    """A forward pass that ignores this argument."""
+
+    @functools.wraps(forward)
+    def ignoring(*args, **kwargs):
+        kwargs.pop(name, None)
+        return forward(*args, **kwargs)
+
+    return ignoring
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["tiny", "qwen3", "llama"])
+def test_a_sound_model_passes_and_one_that_ignores_the_mask_does_not(
+    kind, dtype, real_shapes, monkeypatch, capsys
+):
+    config, model, chat = real_shapes[kind]
+    if dtype == "bfloat16":
+        model = train.half_copy(model)
+    assert type(make_sampler(config, model, chat, 4)) is ContinuousSampler
+    assert "sampler: continuous batching, 4 trials at once" in capsys.readouterr().err
+    select = RowCache.select
+    monkeypatch.setattr(RowCache, "select", lambda *args: 0 * select(*args))
+    assert type(make_sampler(config, model, chat, 4)) is GenerateSampler
+    line = capsys.readouterr().err
+    assert "model.generate in lock-step" in line and "a way of its own" in line
+
+
+@pytest.mark.parametrize("shift", [-1, 1])
+def test_the_check_sees_positions_and_masks_that_are_off_by_one(tiny, shift, monkeypatch):
+    _, model, chat = tiny
+    ids = next(run_trial(MineSweeper(), EVAL_SEED, 1, chat, style="compact")).ids
+    assert ContinuousSampler(model, chat, 4, 128, 16, ids)
+    select = RowCache.select
+
+    def shifted_positions(cache, rows, positions, *rest):
+        return select(cache, rows, positions + shift, *rest)
+
+    def shifted_mask(cache, rows, positions, *rest):
+        mask = select(cache, rows, positions + shift, *rest)
+        select(cache, rows, positions, *rest)
+        return mask
+
+    for broken in (shifted_positions, shifted_mask):
+        monkeypatch.setattr(RowCache, "select", broken)
+        with pytest.raises(sampler.UnsupportedModelError, match="a way of its own"):
+            ContinuousSampler(model, chat, 4, 128, 16, ids)
+
+
+def test_the_check_sees_a_model_that_ignores_an_argument(tiny, monkeypatch):
+    config, model, chat = tiny
+    decoder = model.get_decoder()
+    forward = decoder.forward
+    for name in ("position_ids", "attention_mask"):
+        monkeypatch.setattr(decoder, "forward", without(name, forward))
+        assert type(make_sampler(config, model, chat, 4)) is GenerateSampler, name
+
+
+def test_a_model_with_a_cache_of_its_own_falls_back(tmp_path, capsys):
+    bloom = hub_policy(tmp_path, "bloom", n_layer=2, n_head=4)
+    assert type(make_sampler(*bloom, 4)) is GenerateSampler
+    line = capsys.readouterr().err
+    assert "cannot use our cache" in line and "falling back to the plain sampler" in line
+    assert all(play(bloom, "generate", num=2)), "and plays"
+
+
+def test_the_sampler_asked_for_is_named(tiny, capsys):
+    make_player(tiny, "generate", slots=3)
+    line = "sampler: model.generate in lock-step (--sampler generate), 3 trials at once\n"
+    assert capsys.readouterr().err == line
+
+
+# -------------------------------------------------------------------------------- memory
+
+
+def saved_bytes(policy, turns):
+    """Bytes that the backward pass of a policy keeps, each storage once, its weights left out."""
+    own = {p.untyped_storage().data_ptr() for p in (*policy.parameters(), *policy.buffers())}
     kept = {}
 
     def pack(tensor):
@@ -863,201 +1118,582 @@ def saved_bytes(model, turns, vocab_size):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        logps, *_ = lamer.reply_logps(model, turns, 1.0, vocab_size)
+        logps = policy(turns).logps
     logps.sum().backward()
     return sum(kept.values())
 
 
-def test_the_memory_plan_counts_what_is_there():
-    shape = dict(hidden_size=128, intermediate_size=384, num_attention_heads=8, num_key_value_heads=4, head_dim=32)
-    model = Qwen3ForCausalLM(Qwen3Config(vocab_size=1000, num_hidden_layers=6, **shape)).bfloat16()
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_memory_plan_counts_what_is_there(dtype):
+    shape = dict(hidden_size=128, intermediate_size=384, num_attention_heads=8, head_dim=32)
+    shape = Qwen3Config(vocab_size=1000, num_hidden_layers=6, num_key_value_heads=4, **shape)
+    model, is_bf16 = Qwen3ForCausalLM(shape), dtype == "bfloat16"
     turn = make_turn()
-    turn.prompt_ids, turn.reply_ids, turn.logps = list(range(1, 480)), list(range(1, 33)), [0.0] * 32
-    config = train.Config(microbatch_tokens=2 * 511, max_prompt=479, max_reply=32, dtype="bfloat16")
+    turn.prompt_ids, turn.reply_ids = list(range(1, 480)), list(range(1, 33))
+    turn.logps = [0.0] * 32
+    config = train.Config(microbatch_tokens=2 * 511, max_prompt=479, max_reply=32, dtype=dtype)
+    config.grad_checkpoint = False
     num = model.num_parameters()
-    plan = train.memory_plan(config, model.config, num, world=2)
-    assert [plan[k] for k in ("weights", "gradients", "optimizer")] == [num * b / 1e9 for b in (2, 4, 6)]
+    plan = train.memory_plan(config, shape, num, world=2)
+    sizes = dict(weights=6 if is_bf16 else 4, moments=4, reference=0, gradients=4)
+    assert {name: plan[name] for name in sizes} == {k: num * b / 1e9 for k, b in sizes.items()}
+    config.kl_coef = 0.1
+    reference = train.memory_plan(config, shape, num, world=2)["reference"]
+    assert reference == num * (2 if is_bf16 else 4) / 1e9
+
     logits = 3 * 4 * 2 * 511 * 1000 / 1e9
-    measured = saved_bytes(model, [turn, turn], 1000) / 1e9
+    measured = saved_bytes(Policy(model, 1000, bf16=is_bf16), [turn, turn]) / 1e9
     assert 0.95 < measured / (plan["activations"] - logits) < 1.05
-    cache = lamer.SlotCache(6, 5, 479 + 32, torch.device("cpu"))
-    cache.look_at([0], np.array([[0]]), 32, torch.bfloat16)
+    config.grad_checkpoint = True  # the inputs of every layer, and one layer in full
+    plan = train.memory_plan(config, shape, num, world=2)
+    inputs = 6 * 2 * 511 * 128 * 4 / 1e9
+    assert 0.95 < (inputs + measured / 6) / (plan["activations"] - logits) < 1.05
+
+    cache = RowCache(6, 5, 479 + 32, torch.device("cpu"))
+    cache.select([0], np.array([[0]]), 32, getattr(torch, dtype))
+    held = 0
     for layer in cache.layers:
-        layer.update(*torch.zeros(2, 1, 4, 1, 32, dtype=torch.bfloat16))
-    held = sum(t.untyped_storage().nbytes() for layer in cache.layers for t in (layer.keys, layer.values))
+        layer.update(*torch.zeros(2, 1, 4, 1, 32, dtype=getattr(torch, dtype)))
+        held += layer.keys.untyped_storage().nbytes() + layer.values.untyped_storage().nbytes()
     assert held / 1e9 == pytest.approx(5 * plan["slot"])
-    assert train.fit_slots(plan, 10.0, 40)[0] == 40
-    assert 0 < train.fit_slots(plan | {"slot": 1.0}, 10.0, 40)[0] < 10
-    sizes = dict(weights=1.0, optimizer=2.0, gradients=3.0, activations=2.0, slot=1.0)
-    assert train.fit_slots(sizes, 10.0, 40)[0] == 6  # (0.92 x 10 - 3) / 1: gradients are not there in rollouts
-    for total in (3.5, 8.5):  # no slot fits; the update does not fit
+
+
+def test_slots_fit_into_what_is_left():
+    plan = dict(weights=1.0, moments=2.0, gradients=3.0, activations=2.0, slot=1.0)
+    assert train.fit_slots(plan, 10.0, 40, world=1) == 6  # (0.92 x 10 - 3) / 1: no gradients yet
+    assert train.fit_slots(plan, 10.0, 40, world=2) == 3  # DDP keeps them
+    assert train.fit_slots(plan, 10.0, 5, world=1) == 5
+    # no slot fits; the update does not fit: (5 and 2 beside what stays)
+    for total, world in ((3.5, 1), (8.5, 1), (7.0, 2), (8.6, 2)):
         with pytest.raises(ValueError, match="--microbatch_tokens"):
-            train.fit_slots(sizes, total, 40)
+            train.fit_slots(plan, total, 40, world)
+    config = train.Config(device="cpu")
+    assert train.count_slots(config, None, 200) == 128
+    assert train.count_slots(replace(config, slots=7), None, 200) == 7
 
 
-# ------------------------------------------------------------------------------------------ the update
-
-
-def updated_weights(policy, trials, **options):
-    """The weights after one call of `update` on these trials, and its statistics."""
-    config, _, chat = policy
-    dtype = options.pop("dtype", torch.float32)
-    model, _ = train.load_policy(str(train.warm_policy(config)), "float32", "cpu")
-    optimizer = lamer.Optimizer(model, options.pop("lr", 1e-3), dtype=dtype)
-    for trial in trials:
-        assert all(turn.logps for turn in trial.turns)
-    stats = lamer.update(model, optimizer, trials, range(len(trials)), Sampling(seed=5), chat.vocab_size, **options)
-    return {name: master.detach().clone() for name, master in optimizer.masters.items()}, stats, model
+# ---------------------------------------------------------------------------- the update
 
 
 @pytest.fixture
-def batch(policy):
-    trials = rollout(policy, num=24)
+def batch(played):
+    """Trials with returns and advantages."""
+    trials = copy.deepcopy(played)
     lamer.compute_returns(trials, "paper", 0.95, 0.6)
     lamer.compute_advantages([trials[i : i + 4] for i in range(0, 24, 4)], "gigpo")
     return trials
 
 
-def test_update_does_not_depend_on_micro_batches(policy, batch):
-    reference, stats, _ = updated_weights(policy, batch, minibatch=100)
+def learner(tiny, value_head=None, **options):
+    """(config, policy, optimizer) from the start of `tiny`; one mini-batch unless told."""
+    config = replace(tiny[0], **dict(lr=1e-3, minibatch=10**6) | options)
+    model, is_bf16 = copy.deepcopy(tiny[1]), config.dtype == "bfloat16"
+    policy = Policy(model, tiny[2].vocab_size, config.temperature, is_bf16, value_head).eval()
+    return config, policy, train.make_optimizer(policy, config)
+
+
+def update(config, policy, optimizer, trials, reference=None, step=5):
+    """One call of lamer.update on the turns of these trials; returns its statistics."""
+    minibatches = train.deal_minibatches(config, trials, range(len(trials)), step)
+    return lamer.update(policy, optimizer, minibatches, config, reference)
+
+
+def largest_gap(weights, others):
+    """The largest difference of two sets of weights."""
+    assert weights.keys() == others.keys()
+    return max((weights[name] - others[name]).abs().max() for name in weights)
+
+
+def test_update_does_not_depend_on_micro_batches(tiny, batch):
+    def updated(tokens):
+        options = dict(minibatch=100, microbatch_tokens=tokens, grad_clip=1e9)
+        config, policy, _ = learner(tiny, **options)
+        # AdamW would blow up rounding where a gradient is nearly 0, and hide a wrong scale.
+        optimizer = torch.optim.SGD(policy.parameters(), lr=0.01)
+        return update(config, policy, optimizer, batch[:12]), policy.state_dict()
+
+    stats, weights = updated(8192)
     assert stats["updates"] > 1 and stats["grad_norm"] > 0
+    assert largest_gap(weights, learner(tiny)[1].state_dict()) > 1e-3
     for tokens in (1, 300, 2000):
-        weights, again, _ = updated_weights(policy, batch, minibatch=100, microbatch_tokens=tokens)
-        assert max((weights[name] - reference[name]).abs().max() for name in weights) < 1e-5
+        again, others = updated(tokens)
+        assert largest_gap(weights, others) < 1e-5
         assert again["entropy"] == pytest.approx(stats["entropy"], abs=1e-5)
 
 
-def test_update_is_the_gradient_of_the_clipped_loss(policy, batch):
-    """One mini-batch against the plainest possible loss: whole logits, a loop over turns, one division."""
-    config, _, chat = policy
-    model, _ = train.load_policy(str(train.warm_policy(config)), "float32", "cpu")
+def test_update_is_the_gradient_of_the_clipped_loss(tiny, batch):
+    """One mini-batch against the plainest loss: whole logits, a loop over turns, one division."""
+    model, vocab_size = copy.deepcopy(tiny[1]), tiny[2].vocab_size
     total, count = 0.0, 0
-    for turn in [turn for trial in batch for turn in trial.turns]:
-        logits = model(torch.tensor([turn.prompt_ids + turn.reply_ids])).logits[0, len(turn.prompt_ids) - 1 : -1]
-        logps = logits[:, : chat.vocab_size].log_softmax(-1)[range(len(turn.reply_ids)), turn.reply_ids]
+    for turn in turns_of(batch):
+        logits = model(torch.tensor([turn.prompt_ids + turn.reply_ids])).logits
+        logits = logits[0, len(turn.prompt_ids) - 1 : -1, :vocab_size]
+        logps = logits.log_softmax(-1)[range(len(turn.reply_ids)), turn.reply_ids]
         ratio = (logps - torch.tensor(turn.logps)).exp()
-        total = total - torch.minimum(ratio * turn.advantage, ratio.clamp(0.8, 1.2) * turn.advantage).sum()
+        plain, clipped = ratio * turn.advantage, ratio.clamp(0.8, 1.2) * turn.advantage
+        total = total - torch.minimum(plain, clipped).sum()
         count += len(turn.reply_ids)
     (total / count).backward()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9).item()
-    _, stats, _ = updated_weights(policy, batch, minibatch=10**6)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 1e9).item()
+    stats = update(*learner(tiny), batch)
     assert stats["updates"] == 1
     assert stats["grad_norm"] == pytest.approx(norm, rel=1e-4)
     assert stats["loss"] == pytest.approx((total / count).item(), abs=1e-6)
-    assert stats["kl"] == pytest.approx(0, abs=1e-6) and stats["clip_fraction"] == 0
+    assert stats["approx_kl"] == pytest.approx(0, abs=1e-6) and stats["clip_fraction"] == 0
 
 
-def test_a_broken_step_does_not_reach_the_weights(policy, batch):
-    before = dict(train.load_policy(str(train.warm_policy(policy[0])), "float32", "cpu")[0].named_parameters())
+def test_a_broken_step_does_not_reach_the_weights(tiny, batch):
     batch = copy.deepcopy(batch)
     batch[0].turns[0].advantage = math.inf
-    after, stats, _ = updated_weights(policy, batch, minibatch=10**6)
+    config, policy, optimizer = learner(tiny)
+    stats = update(config, policy, optimizer, batch)
     assert (stats["updates"], stats["skipped"], stats["grad_norm"]) == (0, 1, 0.0)
-    assert all(torch.equal(after[name], weight) for name, weight in before.items())
+    assert largest_gap(policy.model.state_dict(), tiny[1].state_dict()) == 0
 
 
-def test_the_update_makes_good_replies_likelier(policy, batch):
-    _, _, model = updated_weights(policy, batch, lr=1e-4, minibatch=10**6)
-    turns = [turn for trial in batch for turn in trial.turns]
+def test_the_update_makes_good_replies_likelier(tiny, batch):
+    config, policy, optimizer = learner(tiny, lr=1e-4)
+    update(config, policy, optimizer, batch)
+    turns = turns_of(batch)
     with torch.no_grad():
-        logps, *_ = lamer.reply_logps(model, turns, 1.0, policy[2].vocab_size)
-    change = logps - torch.cat([torch.tensor(turn.logps) for turn in turns])
+        logps = policy(turns).logps
+    change = logps - torch.tensor([logp for turn in turns for logp in turn.logps])
     weights = torch.tensor([turn.advantage for turn in turns for _ in turn.reply_ids])
     assert (change * weights).sum() > 0
 
 
-def test_the_logged_kl_is_that_of_the_step(policy, batch):
-    """KL(sampler || policy) from the sampler's tokens, against the exact one over the whole vocabulary."""
-    trials = batch[:6]
-    _, stats, model = updated_weights(policy, trials, lr=3e-3, minibatch=10**6)
-    start, _ = train.load_policy(str(train.warm_policy(policy[0])), "float32", "cpu")
-    exact = estimate = count = 0.0
-    turns = [turn for trial in trials for turn in trial.turns]
-    for turn in turns:
+def test_the_logged_kl_is_that_of_the_step(tiny, batch):
+    """KL(sampler || policy) from the sampler's tokens, and exactly, over the whole vocabulary."""
+    config, policy, optimizer = learner(tiny, lr=3e-3)
+    trials, start = batch[:6], tiny[1]
+    stats = update(config, policy, optimizer, trials)
+    small = pytest.approx(0, abs=1e-5)
+    assert stats["approx_kl"] == small, "before the only step nothing has changed"
+    exact = 0.0
+    for turn in turns_of(trials):
         ids = torch.tensor([turn.prompt_ids + turn.reply_ids])
         with torch.no_grad():
-            old, new = (m(ids).logits[0, len(turn.prompt_ids) - 1 : -1].log_softmax(-1) for m in (start, model))
+            logits = [model(ids).logits[0] for model in (start, policy.model)]
+        old, new = (each[len(turn.prompt_ids) - 1 : -1].log_softmax(-1) for each in logits)
         exact += (old.exp() * (old - new)).sum().item()
-        count += len(turn.reply_ids)
-    assert stats["kl"] == pytest.approx(0, abs=1e-5), "before the only step nothing has changed"
-    with torch.no_grad():
-        change = lamer.reply_logps(model, turns, 1.0, policy[2].vocab_size)[0]
-    change -= torch.cat([torch.tensor(turn.logps) for turn in turns])
-    estimate = (change.expm1() - change).sum().item()
+    again = update(config, policy, optimizer, trials)
+    estimate = again["approx_kl"] * lamer.count_tokens(turns_of(trials))
     assert estimate == pytest.approx(exact, rel=0.5) and estimate > 0.01
 
 
-def test_kl_to_the_start_pulls_back(policy, batch):
-    start, _ = train.load_policy(str(train.warm_policy(policy[0])), "float32", "cpu")
-    model, chat = train.load_policy(str(train.warm_policy(policy[0])), "float32", "cpu")
-    optimizer, trials = lamer.Optimizer(model, 1e-3), batch[:8]
-    options = dict(reference=start, vocab_size=chat.vocab_size, minibatch=10**6)
-    away = [lamer.update(model, optimizer, trials, range(8), Sampling(), **options)["kl_start"] for _ in range(4)]
-    for turn in [turn for trial in trials for turn in trial.turns]:
+def test_kl_to_the_start_pulls_back(tiny, batch):
+    start, trials = Policy(tiny[1], tiny[2].vocab_size), batch[:8]
+    config, *rest = learner(tiny)
+    away = [update(config, *rest, trials, start)["ref_kl"] for _ in range(4)]
+    for turn in turns_of(trials):
         turn.advantage = 0.0
-    for kind in ("k2", "k3"):
-        options |= dict(kl_coef=1.0, kl=kind)
-        back = [lamer.update(model, optimizer, trials, range(8), Sampling(), **options)["kl_start"] for _ in range(6)]
+    config = replace(config, kl_coef=1.0)
+    back = [update(config, *rest, trials, start)["ref_kl"] for _ in range(12)]
     assert away[0] == pytest.approx(0, abs=1e-7) and away[-1] > 2 * back[-1]
 
 
-def test_the_value_head_learns_and_leaves_the_policy_alone(policy, batch):
-    model, chat = train.load_policy(str(train.warm_policy(policy[0])), "float32", "cpu")
-    value_head = torch.nn.Linear(model.config.hidden_size, 1)
-    torch.nn.init.zeros_(value_head.weight)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    optimizer = lamer.Optimizer(model, 0.0, value_head=value_head, value_lr=3e-2)
+def test_the_entropy_term_spreads_the_policy(tiny, batch):
+    for turn in turns_of(batch):
+        turn.advantage = 0.0
+    config, *rest = learner(tiny, entropy_coef=0.1)
+    entropies = [update(config, *rest, batch)["entropy"] for _ in range(5)]
+    assert entropies[-1] > entropies[0] + 0.1
+
+
+def test_the_value_head_learns_and_leaves_the_policy_alone(tiny, batch):
+    value_head = nn.Linear(tiny[1].config.hidden_size, 1)
+    nn.init.zeros_(value_head.weight)
+    options = dict(estimator="ppo", lr=0.0, value_lr=3e-2, minibatch=100)
+    config, policy, optimizer = learner(tiny, value_head, **options)
     losses = []
     for step in range(12):
-        lamer.compute_values(model, value_head, batch)
+        lamer.compute_values(policy, batch, 2000)
         lamer.ppo_advantages(batch, 0.95, 0.6)
-        options = dict(value_head=value_head, minibatch=100)
-        stats = lamer.update(model, optimizer, batch, range(24), Sampling(step=step), chat.vocab_size, **options)
-        losses.append(stats["value_loss"])
-    turns = [turn for trial in batch for turn in trial.turns]
+        losses.append(update(config, policy, optimizer, batch, step=step)["value_loss"])
+    turns = turns_of(batch)
     half_variance = np.var([turn.ret for turn in turns]) / 2
     assert losses[-1] < half_variance < losses[0], "better than any constant"
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    _, plain, _ = updated_weights(policy, batch, minibatch=10**6)
-    _, both, _ = updated_weights(policy, batch, minibatch=10**6, value_head=value_head)
-    assert plain["grad_norm"] == pytest.approx(both["grad_norm"]), "no gradient of the values reaches the policy"
+    assert largest_gap(policy.model.state_dict(), tiny[1].state_dict()) == 0
+    plain, both = update(*learner(tiny), batch), update(*learner(tiny, value_head), batch)
+    same = pytest.approx(both["grad_norm"])
+    assert plain["grad_norm"] == same, "no gradient of the values reaches the policy"
     assert all(abs(turn.advantage - (turn.ret - turn.value)) < 1e-5 for turn in turns)
 
 
-def test_bf16_weights_have_fp32_masters(policy, batch):
-    before = train.load_policy(str(train.warm_policy(policy[0])), "float32", "cpu")[0].state_dict()
-    weights, stats, model = updated_weights(policy, batch, lr=1e-6, dtype=torch.bfloat16, minibatch=10**6)
-    assert model.dtype == torch.bfloat16 and stats["sampler_gap"] > 0
-    assert abs(stats["kl"]) < 1e-9, "ratios are measured against the trainer, so they begin at 1"
-    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+def test_bf16_products_move_fp32_weights(tiny):
+    config, policy, optimizer = learner(tiny, lr=1e-6, dtype="bfloat16")
+    model, half = policy.model, train.half_copy(policy.model)
+    assert half.dtype == torch.bfloat16 and model.dtype == torch.float32
+    trials = play((config, half, tiny[2]))
+    lamer.compute_returns(trials, "paper", 0.95, 0.6)
+    lamer.compute_advantages([trials[i : i + 4] for i in range(0, 24, 4)], "gigpo")
+    stats = update(config, policy, optimizer, trials)
+    assert stats["updates"] == 1 and stats["sampler_gap"] > 0
+    assert stats["clip_fraction"] == 0
+    assert abs(stats["approx_kl"]) < 1e-9, "ratios to the trainer's own logps begin at 1"
     name = "model.layers.0.mlp.up_proj.weight"
-    assert 0 < (weights[name] - before[name]).abs().max() < 2e-6, "steps that bf16 would round away arrive"
-    assert torch.equal(model.state_dict()[name], weights[name].bfloat16())
+    step = (model.state_dict()[name] - tiny[1].state_dict()[name]).abs().max()
+    assert 0 < step < 2e-6, "steps that bf16 would round away arrive"
+
+    train.refresh(half, policy)
+    ours, weights = dict(half.named_parameters()), dict(model.named_parameters())
+    assert ours.keys() == weights.keys()
+    assert all(torch.equal(ours[name], weights[name].bfloat16()) for name in ours)
+    for each in (half, model):
+        assert each.lm_head.weight is each.model.embed_tokens.weight, "tied weights stay tied"
+        assert each.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert not any(weight.requires_grad for weight in half.parameters())
+    train.refresh(model, policy)  # fp32 has no copy: nothing to do
 
 
-# ---------------------------------------------------------------------------------------- the commands
+# -------------------------------------------------------------------------- two processes
 
-SMALL = "--env minesweeper --model tiny --device cpu --tiny_hidden 32 --tiny_layers 2 --warm_steps 150 --max_reply 32"
-SMALL = f"{SMALL} --num_tasks 4 --group_size 4 --eval_tasks 8 --minibatch 40 --eval_every 0".split()
+# How the turns of each mini-batch are dealt to the two: unevenly, to one alone, to none.
+SHARES = [(0.75, 0.25), (1.0, 0.0), (0.0, 0.0), (0.0, 1.0), (0.5, 0.5)]
 
+
+def dealt(trials):
+    """For each mini-batch the turns of process 0 and of process 1."""
+    turns, size = turns_of(trials), 30
+    minibatches = []
+    for i, shares in enumerate(SHARES):
+        rows = turns[i * size : (i + 1) * size] if sum(shares) else []
+        cut = int(shares[0] * len(rows))
+        minibatches.append((rows[:cut], rows[cut:]))
+    return minibatches
+
+
+def fail(error):
+    """A function that raises this, whatever it is called with."""
+
+    def raising(*args, **kwargs):
+        raise error
+
+    return raising
+
+
+def failing_save(config, run, rank, step):
+    """What save_checkpoint raises on this process when torch.save fails on process `rank`."""
+    with pytest.MonkeyPatch.context() as patch:
+        if run.rank == rank:
+            patch.setattr(torch, "save", fail(OSError("No space left on device")))
+        with pytest.raises(OSError) as error:
+            train.save_checkpoint(config, run, step)
+    return str(error.value)
+
+
+def out_of_memory(config, run, minibatches):
+    """What update raises on this process when a pass runs out of memory on process 1."""
+    with pytest.MonkeyPatch.context() as patch:
+        if run.rank == 1:
+            patch.setattr(lamer, "loss_terms", fail(torch.OutOfMemoryError("no memory")))
+        with pytest.raises(torch.OutOfMemoryError) as error:
+            lamer.update(run.policy, run.optimizer, minibatches, config, run.reference)
+    return str(error.value)
+
+
+def one_of_two(rank, config, trials, port):
+    """What each of the two processes does; it leaves its findings in config.out."""
+    os.environ |= dict(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    torch.set_num_threads(1)
+    folder = Path(config.out)
+    if rank == 1:  # as if it had found another number free
+        config.out = f"{config.out}-2"
+    run = train.start_run(config, 0)
+    minibatches = [shares[rank] for shares in dealt(trials)]
+    found = dict(out=config.out, optimizer=type(run.optimizer), policy=type(run.policy))
+    found["stats"] = lamer.update(run.policy, run.optimizer, minibatches, config, run.reference)
+    policy = lamer.unwrap(run.policy)
+    found["owned"] = [*train.own_moments(policy, run.optimizer)]
+    found["weights"] = {name: value.clone() for name, value in policy.state_dict().items()}
+
+    train.save_checkpoint(config, run, 1)
+    if rank == 0:
+        found["before"] = contents_of(folder / "step_000001")
+    found["failures"] = [failing_save(config, run, failed, 2 + failed) for failed in (0, 1)]
+    found["out_of_memory"] = out_of_memory(config, run, minibatches)
+    found["after_failing"] = policy.state_dict()
+    torch.save(found, folder / f"found_{rank}.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def contents_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+PAIR = TINY | dict(estimator="ppo", kl_coef=0.5, entropy_coef=0.01, lr=1e-3, keep=1)
+PAIR |= dict(microbatch_tokens=400, grad_checkpoint=True)
+
+
+@pytest.fixture(scope="session")
+def pair(tiny, played, tmp_path_factory):
+    """What two processes found, what one finds from the same turns, and their folder.
+
+    (findings of process 0, of process 1, statistics and Run of the one, folder)
+    """
+    folder = tmp_path_factory.mktemp("pair")
+    options = PAIR | dict(model=str(warm_policy(tiny[0])), out=str(folder))
+    config, trials = train.make_config(**options), copy.deepcopy(played)
+    for i, turn in enumerate(turns_of(trials)):
+        turn.advantage, turn.value = (-1.0) ** i, 0.3 * (i % 3)
+    args = config, trials, str(free_port())
+    processes = torch.multiprocessing.spawn(one_of_two, args, nprocs=2, join=False)
+    try:
+        one = train.start_run(replace(config, out=str(folder / "one")), 0)
+        minibatches = [first + second for first, second in dealt(trials)]
+        stats = lamer.update(one.policy, one.optimizer, minibatches, config, one.reference)
+        deadline = time.time() + 120
+        while not processes.join(timeout=1):
+            assert time.time() < deadline, "two processes wait for each other"
+    finally:
+        for process in processes.processes:
+            process.kill()
+    found = [torch.load(folder / f"found_{rank}.pt", weights_only=False) for rank in (0, 1)]
+    return *found, (stats, one), folder
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_two_processes_make_the_update_of_one(pair):
+    """With uneven work and none, and the KL, the entropy and a value head in the loss."""
+    first, second, (stats, one), _ = pair
+    assert first["policy"] is torch.nn.parallel.DistributedDataParallel
+    assert largest_gap(first["weights"], second["weights"]) == 0
+    assert largest_gap(first["weights"], one.policy.state_dict()) < 1e-5
+    assert stats["updates"] == 4 and stats["ref_kl"] > 0 < stats["value_loss"]
+    for found in (first, second):
+        assert found["stats"] == pytest.approx(stats, rel=1e-4, abs=1e-7)
+
+
+def test_the_moments_are_divided_among_processes(pair):
+    first, second, (_, one), folder = pair
+    assert first["optimizer"] is torch.distributed.optim.ZeroRedundancyOptimizer
+    weights = {name for name, _ in one.policy.named_parameters()}
+    assert first["owned"] and second["owned"] and not {*first["owned"]} & {*second["owned"]}
+    assert {*first["owned"], *second["owned"]} == weights
+    names = sorted(path.name for path in (folder / "step_000001").glob("optimizer_*"))
+    assert names == ["optimizer_0.pt", "optimizer_1.pt"]
+
+
+def test_one_process_takes_up_the_moments_of_two(pair, tiny):
+    _, _, (_, one), folder = pair
+    head = nn.Linear(tiny[1].config.hidden_size, 1)
+    _, policy, optimizer = learner(tiny, head)
+    train.load_moments(policy, optimizer, folder / "step_000001")
+    ours = train.own_moments(policy, optimizer)
+    theirs = train.own_moments(one.policy, one.optimizer)
+    assert ours.keys() == theirs.keys()
+    for name, state in theirs.items():
+        assert state.keys() == ours[name].keys() == {"step", "exp_avg", "exp_avg_sq"}
+        assert all(torch.allclose(state[key], ours[name][key], atol=1e-6) for key in state), name
+        assert state["step"] == 4
+
+
+def test_the_processes_share_one_folder(pair):
+    first, second, _, folder = pair
+    assert first["out"] == second["out"] == str(folder)
+    assert not Path(f"{folder}-2").exists()
+
+
+def test_a_process_that_cannot_save_stops_all_and_leaves_no_trace(pair):
+    first, second, _, folder = pair
+    for failed in (0, 1):
+        for rank, found in enumerate((first, second)):
+            reason = "No space left" if rank == failed else "another process failed"
+            assert "cannot save" in found["failures"][failed]
+            assert reason in found["failures"][failed]
+    assert sorted(checkpoints(folder)) == [1] and not [*folder.glob("*.unfinished")]
+    assert contents_of(folder / "step_000001") == first["before"], "the last one is untouched"
+
+
+def test_a_process_that_runs_out_of_memory_stops_all(pair):
+    first, second, _, _ = pair
+    assert first["out_of_memory"] == "another process ran out of memory"
+    assert second["out_of_memory"] == "no memory"
+    for found in (first, second):
+        assert largest_gap(found["after_failing"], found["weights"]) == 0
+
+
+# --------------------------------------------------------------------------- the options
+
+DICE = '''
+from pathlib import Path
+
+Path(__file__).with_suffix(".was_run").touch()
+
+
+class Dice:
+    """Throw as high as you can.
+
+    Options:
+        sides: of the die
+        luck: between 0 and 1
+    """
+
+    def __init__(self, sides: int = 6, luck: float = 0.5, is_loaded: bool = False):
+        self.sides = sides
+
+    def reset(self, seed):
+        return f"A die of {self.sides} sides.", {}
+
+    def step(self, action):
+        return "You throw.", 1.0, True, False, {"won": True}
+
+
+class Clash(Dice):
+    def __init__(self, seed: int = 0):
+        pass
+'''
+
+
+@pytest.fixture
+def dice(tmp_path):
+    """A user's file, which leaves a trace when it is run."""
+    path = tmp_path / "dice.py"
+    path.write_text(DICE)
+    return path
+
+
+def test_the_defaults_are_the_papers():
+    paper = dict(lr=1e-6, minibatch=64, clip=0.2, steps=300, num_tasks=16, group_size=8)
+    paper |= dict(episodes=3, max_prompt=2048, max_reply=1024, temperature=1.0, memory="reflection")
+    paper |= dict(gamma_step=0.95, gamma_traj=0.6, estimator="gigpo", invalid_penalty=0.5)
+    paper |= dict(kl_coef=0.0, entropy_coef=0.0, model="Qwen/Qwen3-4B", dtype="bfloat16")
+    config = train.Config()
+    assert {name: getattr(config, name) for name in paper} == paper
+    options = dict(env="minesweeper", model="some/model", device="cpu", dtype="bfloat16")
+    assert train.make_config(**options) == train.Config(**options), "no recipe changes more"
+
+
+def test_what_is_given_wins_over_recipe_preset_and_paper(monkeypatch):
+    recipes = train.ENV_RECIPES | {"sokoban": dict(weight_decay=0.3, gamma_traj=0.9)}
+    monkeypatch.setattr(train, "ENV_RECIPES", recipes)
+    hub = dict(device="cpu", model="some/model")
+
+    def weight_decay(**given):
+        return train.make_config(**hub, **given).weight_decay
+
+    official = dict(preset="official")
+    assert weight_decay(env="minesweeper") == 0.0, "the paper's"
+    assert weight_decay(env="minesweeper", **official) == 0.01, "the preset's"
+    assert weight_decay(env="sokoban", **official) == 0.3, "the recipe's"
+    assert weight_decay(env="sokoban", **official, weight_decay=0.7) == 0.7, "given"
+    config = train.make_config(env="minesweeper", device="cpu", env_options={"mines": 3})
+    assert config.env_options == dict(size=4, mines=3, turns=9), "one by one"
+    assert (config.model, config.dtype) == ("tiny", "float32"), "the machine's recipe"
+    config = train.make_config(env="alfworld", device="cpu", env_options={"data": "somewhere"})
+    assert config.env_options == {"data": "somewhere"}, "the recipe's sizes are not of these"
+
+
+def test_an_option_is_described_by_where_it_comes_from():
+    given = dict(env="minesweeper", device="cpu", lr=1e-6, env_options={"mines": 3})
+    lines = train.describe(train.make_config(**given), given).splitlines()
+    words = {name: line.split() for name, line in (line.split(": ", 1) for line in lines)}
+    assert words["given"] == ["env=minesweeper", "lr=1e-06", "device=cpu", "mines=3"]
+    recipe = {"model=tiny", "style=compact", "minibatch=256", "dtype=float32", "size=4", "turns=9"}
+    assert recipe <= {*words["by recipe"]}
+    paper = {*words["as in the paper"]}
+    assert {"gamma_traj=0.6", "clip=0.2", "episodes=3"} <= paper
+    names = [word.partition("=")[0] for kind in words.values() for word in kind]
+    assert len(names) == len({*names}), "each once"
+    unnamed = {each.name for each in fields(train.Config)} - {*names}
+    assert unnamed == {"out", "resume", "env_options"}
+
+
+def test_dashes_serve_as_underscores():
+    dashes = "--eval-every 7 --no-grad-checkpoint --out=my--run --env sokoban --min-solution 3"
+    underscores = "--eval_every 7 --no-grad_checkpoint --out my--run --env sokoban --min_solution 3"
+    given = dict(eval_every=7, grad_checkpoint=False, out="my--run", env="sokoban")
+    given["env_options"] = {"min_solution": 3}
+    for flags in (dashes, underscores):
+        assert train.parse_flags(train.Config, flags.split(), "") == given
+
+
+def help_of(main, *flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*map(str, flags), "--help"])
+    assert stop.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [train, evaluation])
+def test_help_shows_options_with_meaning_and_default(command, dice, capsys):
+    text = " ".join(help_of(command.main, "--env", f"{dice}:Dice", capsys=capsys).split())
+    assert "--sides INT of the die [6]" in text and "--luck FLOAT between 0 and 1 [0.5]" in text
+    assert "--is_loaded, --no-is_loaded [False]" in text
+    assert "--max_prompt INT tokens" in text
+    text = " ".join(help_of(command.main, "--env", "sokoban", capsys=capsys).split())
+    assert "--boxes INT" in text and "--mines" not in text
+
+
+def test_help_runs_no_file_that_is_not_named(dice, tmp_path, capsys):
+    checkpoint = tmp_path / "run" / "step_000001"
+    checkpoint.mkdir(parents=True)
+    saved = {"step": 1, "config": {"env": f"{dice}:Dice"}}
+    (checkpoint / "lamer.json").write_text(json.dumps(saved))
+    run, trace = tmp_path / "run", dice.with_suffix(".was_run")
+    for main, flags in (
+        (train.main, ["--resume", run]),
+        (train.main, ["--model", run]),
+        (evaluation.main, ["--model", checkpoint]),
+    ):
+        assert "--sides" not in help_of(main, *flags, capsys=capsys)
+        assert not trace.exists()
+    given = train.parse_flags(evaluation.EvalConfig, ["--model", str(run), "--sides", "4"], "")
+    assert given["env_options"] == {"sides": 4} and trace.exists()
+
+
+def test_a_users_class_gets_its_options_as_flags(dice):
+    flags = f"--env {dice}:Dice --sides 20 --luck 0.1 --is_loaded --model some/model --device cpu"
+    given = train.parse_flags(train.Config, flags.split(), "")
+    assert given["env_options"] == dict(sides=20, luck=0.1, is_loaded=True)
+    config = train.make_config(**given)
+    assert make_env(config.env, **config.env_options).sides == 20
+    with pytest.raises(ValueError, match="its option seed is taken") as error:
+        train.parse_flags(train.Config, ["--env", f"{dice}:Clash"], "")
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_imported():
+    """The games run without torch, the method without transformers."""
+    lines = [
+        "import sys, envs",
+        "assert 'torch' not in sys.modules",
+        "import lamer",
+        "assert 'transformers' not in sys.modules",
+    ]
+    run("-c", "; ".join(lines))
+
+
+# -------------------------------------------------------------------------- the commands
+
+SMALL = "--env minesweeper --model tiny --device cpu --tiny_hidden 32 --tiny_layers 2"
+SMALL = f"{SMALL} --warm_steps 150 --max_reply 32 --num_tasks 4 --group_size 4"
+SMALL = f"{SMALL} --eval_tasks 8 --minibatch 40 --eval_every 0".split()
 
 LOCKBOX = ["--env", "lockbox", "--model", "tiny", "--device", "cpu", "--eval_every", "0"]
 
 
 def start(*command, **options):
     """Start a command of the project in a process of its own, on one thread."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    env = dict(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
     if command[0] == "torchrun":
         command = ["-m", "torch.distributed.run", *command[1:]]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=HERE, env=env)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=HERE)
     prepare = options.pop("preexec_fn", lambda: None)
 
-    def before() -> None:  # a test run started in the background ignores Ctrl-C, and its children would inherit that
+    def before() -> None:
+        # A test run started in the background ignores Ctrl-C, and its children would inherit that.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         prepare()
 
-    options["preexec_fn"] = before
-    return subprocess.Popen([sys.executable, *map(str, command)], **pipes, **options)
+    command = [sys.executable, *map(str, command)]
+    return subprocess.Popen(command, env=os.environ | env, preexec_fn=before, **pipes, **options)
 
 
 def run(*command, expect=0, **options):
@@ -1069,138 +1705,167 @@ def run(*command, expect=0, **options):
 
 
 def weights_of(folder):
-    return train.load_policy(str(folder), "float32", "cpu")[0].state_dict()
+    return load_policy(str(folder), torch.float32, "cpu")[0].state_dict()
 
 
 def rows(path, *without):
-    return [{k: v for k, v in json.loads(line).items() if k not in without} for line in path.read_text().splitlines()]
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{name: row[name] for name in row if name not in without} for row in rows]
 
 
 CLOCKS = ("seconds", "tokens_per_second", "peak_gb")
 
 
 @pytest.fixture(scope="session")
-def finished_run(tmp_path_factory, policy):
-    """A run of four steps by the real command."""
+def finished_run(tmp_path_factory, tiny):
+    """A run of four steps by the real command; what it printed lies beside its folder."""
     out = tmp_path_factory.mktemp("runs") / "whole"
-    run("train.py", *SMALL, "--steps", 4, "--save_every", 2, "--keep", 9, "--eval-every", 2, "--out", out)
+    flags = ["--steps", 4, "--save_every", 2, "--keep", 9, "--eval-every", 2, "--grad_checkpoint"]
+    flags += ["--out", out]
+    warn = ["-W", "always::FutureWarning", "-W", "always::DeprecationWarning"]
+    out.with_suffix(".txt").write_text(run(*warn, "train.py", *SMALL, *flags))
     return out
+
+
+def test_a_run_says_how_it_samples_and_uses_nothing_deprecated(finished_run):
+    text = finished_run.with_suffix(".txt").read_text()
+    assert "sampler: continuous batching" in text and "\nby recipe: " in text
+    deprecated = re.findall(r".*(?:Future|Deprecation)Warning: (?!`torch\.jit).*", text)
+    assert not deprecated, "what torch does with its own jit is not ours"
 
 
 def test_a_run_leaves_what_was_promised(finished_run):
     log = rows(finished_run / "metrics.jsonl")
     assert [row["step"] for row in log] == [1, 2, 3, 4]
     keys = ["step", "success", "return", "valid", "seconds", "tokens_per_second"]
-    keys += ["peak_gb", "entropy", "clip_fraction", "kl"]
+    keys += ["peak_gb", "entropy", "clip_fraction", "approx_kl"]
     assert all(key in row for row in log for key in keys)
     assert len(log[0]["success"]) == 3 and set(log[0]["seconds"]) >= {"rollout", "update"}
     assert [row["step"] for row in rows(finished_run / "evals.jsonl")] == [0, 2, 4]
     assert "episode 1, play" in (finished_run / "trials_000004.txt").read_text()
     saved = json.loads((finished_run / "config.json").read_text())
     assert saved["num_tasks"] == 4 and saved["style"] == "compact" and saved["gamma_traj"] == 0.6
-    assert sorted(train.checkpoints(finished_run)) == [2, 4]
+    assert sorted(checkpoints(finished_run)) == [2, 4]
 
 
 def test_resume_equals_no_interruption(finished_run, tmp_path):
-    """As if killed in the fourth step, while writing its row: the third is done again, from the save of the second."""
-    shutil.copytree(finished_run, tmp_path / "cut", ignore=shutil.ignore_patterns("step_000004"))
-    log = tmp_path / "cut" / "metrics.jsonl"
-    log.write_text("".join(log.read_text().splitlines(keepends=True)[:3]) + '{"step": 4, "succ')
-    run("train.py", "--resume", tmp_path / "cut")
-    whole, resumed = weights_of(finished_run / "step_000004"), weights_of(tmp_path / "cut" / "step_000004")
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    """As if killed in the fourth step, while writing its row.
+
+    The third is done again, from the save of the second.
+    """
+    cut = tmp_path / "cut"
+    shutil.copytree(finished_run, cut, ignore=shutil.ignore_patterns("step_000004"))
+    lines = (cut / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (cut / "metrics.jsonl").write_text("".join(lines[:3]) + '{"step": 4, "succ')
+    run("train.py", "--resume", cut)
+    whole, resumed = weights_of(finished_run / "step_000004"), weights_of(cut / "step_000004")
+    assert largest_gap(whole, resumed) == 0
     for name in ("metrics.jsonl", "evals.jsonl"):
-        assert rows(tmp_path / "cut" / name, *CLOCKS) == rows(finished_run / name, *CLOCKS)
+        assert rows(cut / name, *CLOCKS) == rows(finished_run / name, *CLOCKS)
 
 
 @pytest.mark.slow
 def test_bf16_runs_resume_exactly_and_stay_tied(tmp_path):
-    flags = [*SMALL, "--dtype", "bfloat16", "--save_every", 1]
-    run("train.py", *flags, "--steps", 2, "--out", tmp_path / "whole")
-    run("train.py", *flags, "--steps", 1, "--out", tmp_path / "cut")
-    run("train.py", "--resume", tmp_path / "cut", "--steps", 2)
-    whole, resumed = weights_of(tmp_path / "whole" / "step_000002"), weights_of(tmp_path / "cut" / "step_000002")
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    flags, whole, cut = [*SMALL, "--save_every", 1], tmp_path / "whole", tmp_path / "cut"
+    flags += ["--dtype", "bfloat16"]
+    run("train.py", *flags, "--steps", 2, "--out", whole)
+    run("train.py", *flags, "--steps", 1, "--out", cut)
+    run("train.py", "--resume", cut, "--steps", 2)
+    whole, resumed = weights_of(whole / "step_000002"), weights_of(cut / "step_000002")
+    assert largest_gap(whole, resumed) == 0
     assert torch.equal(whole["lm_head.weight"], whole["model.embed_tokens.weight"])
 
 
 def test_two_processes_equal_one(finished_run, tmp_path):
-    run("torchrun", "--nproc-per-node", 2, "train.py", *SMALL, "--steps", 2, "--eval_every", 2, "--out", tmp_path)
+    flags = ["--steps", 2, "--eval_every", 2, "--out", tmp_path]
+    run("torchrun", "--nproc-per-node", 2, "train.py", *SMALL, *flags)
     one, two = weights_of(finished_run / "step_000002"), weights_of(tmp_path / "step_000002")
-    assert max((one[name] - two[name]).abs().max() for name in one) < 1e-5
-    for a, b in zip(rows(finished_run / "evals.jsonl"), rows(tmp_path / "evals.jsonl"), strict=False):
+    assert largest_gap(one, two) < 1e-5
+    of_one, of_two = rows(finished_run / "evals.jsonl"), rows(tmp_path / "evals.jsonl")
+    assert len(of_two) == 2
+    for a, b in zip(of_one, of_two, strict=False):
         assert a["success"] == b["success"], "evaluation is spread over the processes"
         assert a["return"] == pytest.approx(b["return"]) and a["reply_tokens"] == b["reply_tokens"]
 
 
 @pytest.mark.slow
 def test_any_number_of_processes_resumes_any_other(finished_run, tmp_path):
-    """The optimizer is spread over the processes, saved by weight name, and taken up by any number of them."""
-    run("torchrun", "--nproc-per-node", 2, "train.py", *SMALL, "--steps", 2, "--out", tmp_path)
+    """The moments are divided among processes, saved by name, and taken up by any number."""
+    two = ["torchrun", "--nproc-per-node", 2, "train.py"]
+    run(*two, *SMALL, "--steps", 2, "--out", tmp_path)
     run("train.py", "--resume", tmp_path, "--steps", 3)
-    run("torchrun", "--nproc-per-node", 2, "train.py", "--resume", tmp_path, "--steps", 4)
-    one, two = weights_of(finished_run / "step_000004"), weights_of(tmp_path / "step_000004")
-    assert max((one[name] - two[name]).abs().max() for name in one) < 1e-4
-    for a, b in zip(
-        rows(finished_run / "metrics.jsonl", *CLOCKS), rows(tmp_path / "metrics.jsonl", *CLOCKS), strict=True
-    ):
-        assert a["success"] == b["success"] and a["entropy"] == pytest.approx(b["entropy"], abs=1e-4)
+    run(*two, "--resume", tmp_path, "--steps", 4)
+    one, other = weights_of(finished_run / "step_000004"), weights_of(tmp_path / "step_000004")
+    assert largest_gap(one, other) < 1e-4
+    logs = [rows(folder / "metrics.jsonl", *CLOCKS) for folder in (finished_run, tmp_path)]
+    for a, b in zip(*logs, strict=True):
+        assert a["success"] == b["success"]
+        assert a["entropy"] == pytest.approx(b["entropy"], abs=1e-4)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "flags, line",
+    ("flags", "line"),
     [
         ("--estimator ppo --kl_coef 0.1 --grad_checkpoint", "memory reflection"),
-        ("--preset official --norm mean_std", "memory reflection"),
-        ("--env alfworld --receptacles 4 --objects 4 --turns 4 --warm_steps 20", "  pick_and_place_simple"),
+        ("--preset official --advantage_norm mean_std", "memory reflection"),
+        (
+            "--env alfworld --receptacles 4 --objects 4 --turns 4 --warm_steps 20",
+            "  pick_and_place_simple",
+        ),
         ("--env webshop --products 60 --turns 4 --warm_steps 20", "  mean task score"),
     ],
 )
 def test_runs_of_other_kinds_resume_exactly(flags, line, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
     flags = [*SMALL, *flags.split(), "--save_every", 1]
-    run("train.py", *flags, "--steps", 2, "--out", tmp_path / "whole")
-    run("train.py", *flags, "--steps", 1, "--out", tmp_path / "cut")
-    run("train.py", "--resume", tmp_path / "cut", "--steps", 2)
-    whole, resumed = weights_of(tmp_path / "whole" / "step_000002"), weights_of(tmp_path / "cut" / "step_000002")
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    log = [rows(tmp_path / kind / "metrics.jsonl", *CLOCKS) for kind in ("whole", "cut")]
-    assert log[0] == log[1] and ("ppo" not in flags or log[0][1]["value_loss"] > 0 < log[0][1]["kl_start"])
-    assert line in run("eval.py", "--model", tmp_path / "whole", "--num_tasks", 16)
+    run("train.py", *flags, "--steps", 2, "--out", whole)
+    run("train.py", *flags, "--steps", 1, "--out", cut)
+    run("train.py", "--resume", cut, "--steps", 2)
+    weights = weights_of(whole / "step_000002")
+    assert largest_gap(weights, weights_of(cut / "step_000002")) == 0
+    log, other = (rows(folder / "metrics.jsonl", *CLOCKS) for folder in (whole, cut))
+    assert log == other
+    if "ppo" in flags:
+        assert log[1]["value_loss"] > 0 < log[1]["ref_kl"]
+    assert line in run("eval.py", "--model", whole, "--num_tasks", 16)
 
 
 @pytest.mark.slow
 def test_two_agents_equal_one_process(finished_run, tmp_path):
-    """Two nodes, as far as one machine can tell: two torchrun agents that meet on the loopback address."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    flags = ["--nnodes", 2, "--nproc-per-node", 1, "--master-addr", "127.0.0.1", "--master-port", port]
+    """Two nodes, as far as one machine can tell: two torchrun agents that meet on loopback."""
+    flags = ["--nnodes", 2, "--nproc-per-node", 1]
+    flags += ["--master-addr", "127.0.0.1", "--master-port", free_port()]
     command = ["train.py", *SMALL, "--steps", 2, "--out", tmp_path]
     nodes = [start("torchrun", *flags, "--node-rank", rank, *command) for rank in (0, 1)]
     texts = [node.communicate(timeout=600)[0] for node in nodes]
     assert all(node.returncode == 0 for node in nodes), texts
     one, two = weights_of(finished_run / "step_000002"), weights_of(tmp_path / "step_000002")
-    assert max((one[name] - two[name]).abs().max() for name in one) < 1e-5
+    assert largest_gap(one, two) < 1e-5
 
 
 def test_eval_command(finished_run, tmp_path):
     file = tmp_path / "result.json"
-    text = run("eval.py", "--model", finished_run, "--num_tasks", 16, "--json", file, "--show", 1)
+    flags = ["--model", str(finished_run), "--num_tasks", "16", "--json", str(file)]
+    text = run("eval.py", *flags, "--show", 1)
     assert "scripted player" in text and "episode 1, play" in text
+    assert "sampler: continuous batching" in text
     result = json.loads(file.read_text())
     keys = ["env", "model", "success", "ci95", "num_tasks", "episodes", "return", "valid"]
     keys += ["first_actions", "memory", "temperature", "top_p", "top_k", "seed"]
     assert all(key in result for key in keys)
-    assert result["model"].endswith("step_000004") and result["memory"] == "reflection" and result["num_tasks"] == 16
+    assert result["model"].endswith("step_000004")
+    assert result["memory"] == "reflection" and result["num_tasks"] == 16
     assert len(result["success"]) == 3 and sum(result["first_actions"].values()) == 16
-    assert all(low <= share <= high for share, (low, high) in zip(result["success"], result["ci95"], strict=True))
+    for share, (low, high) in zip(result["success"], result["ci95"], strict=True):
+        assert low <= share <= high
     assert evaluation.wilson(0, 10) == pytest.approx((0, 0.2775), abs=1e-3)
     for memory in ("none", "swapped"):
-        evaluation.main(["--model", str(finished_run), "--num_tasks", "16", "--memory", memory, "--json", str(file)])
+        evaluation.main([*flags, "--memory", memory])
         again = json.loads(file.read_text())
         assert again["memory"] == memory
-        assert again["success"][0] == result["success"][0], "the first episode has no memory to swap or to lose"
+        same = again["success"][0] == result["success"][0]
+        assert same, "the first episode has no memory to swap or to lose"
 
 
 MY_GAME = '''
@@ -1227,19 +1892,30 @@ MISTAKES = [
     ("train.py --env lockbox --group_size 1", "--group_size"),
     ("train.py --env lockbox --steps many", "--steps"),
     ("train.py --env lockbox --estimator sarsa", "--estimator"),
+    ("train.py --env lockbox --sampler slots", "--sampler"),
+    ("train.py --env lockbox --temperature 0", "--temperature"),
+    ("train.py --env lockbox --kl_coef -1", "--kl_coef"),
+    ("train.py --env lockbox --dual_clip 0.5", "--dual_clip"),
+    ("train.py --env lockbox --gae_lambda 0.5", "--credit official"),
+    ("train.py --env lockbox --estimator ppo --preset official", "--preset official"),
     ("train.py --env lockbox --model ./nowhere", "./nowhere"),
     ("train.py --env lockbox --model {broken}", "cannot be loaded"),
-    ("train.py --model {run} --env minesweeper --max_prompt 10", "--max_prompt is 10"),
+    ("train.py --model {checkpoint} --env minesweeper --max_prompt 10", "--max_prompt is 10"),
     ("train.py --resume {empty}", "no complete checkpoint"),
     ("train.py --resume {run} --env lockbox", "cannot become lockbox"),
-    ("train.py --env minesweeper --out {whole}", "--resume"),
+    ("train.py --resume {run} --lr 1", "cannot become 1"),
+    ("train.py --resume {run} --mines 3", "--mines 2, which cannot become 3"),
+    ("train.py --env minesweeper --out {run}", "--resume"),
     ("eval.py", "--model"),
     ("eval.py --model {empty}", "--env"),
     ("eval.py --model {empty} --env lockbox", "config.json"),
-    ("eval.py --model {run} --memory telepathy", "--memory"),
-    ("eval.py --model {run} --temperature -1", "--temperature"),
-    ("eval.py --model {run} --top_p 0", "--top_p"),
-    ("eval.py --model {run} --json nowhere/x.json", "nowhere"),
+    ("eval.py --model {checkpoint} --memory telepathy", "--memory"),
+    ("eval.py --model {checkpoint} --temperature -1", "--temperature"),
+    ("eval.py --model {checkpoint} --top_p 0", "--top_p"),
+    ("eval.py --model {checkpoint} --json nowhere/x.json", "nowhere"),
+    ("eval.py --model {checkpoint} --memory swapped --episodes 1", "--episodes"),
+    ("eval.py --model {checkpoint} --memory none --prompting react", "--memory"),
+    ("eval.py --model {checkpoint} --prompting react", "understand instructions"),
     ("train.py --env lockbox --seed -1", "--seed"),
     ("train.py --env lockbox --out {file}", "cannot be made"),
     ("train.py --env {game}:Coin --model tiny", "no scripted player"),
@@ -1247,26 +1923,24 @@ MISTAKES = [
 ]
 
 
-def test_mistakes_end_in_one_clear_line(finished_run, tmp_path, capfd, monkeypatch):
+def test_mistakes_end_in_one_clear_line(finished_run, tmp_path, monkeypatch):
     checkpoint, broken = finished_run / "step_000004", tmp_path / "broken"
-    broken.mkdir()
-    for file in checkpoint.iterdir():
-        content = file.read_bytes()
-        (broken / file.name).write_bytes(content[: len(content) // 2] if file.suffix == ".safetensors" else content)
+    shutil.copytree(checkpoint, broken)
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
     (tmp_path / "empty").mkdir()
-    places = dict(run=finished_run, whole=finished_run, empty=tmp_path / "empty", broken=broken)
-    places["run"] = checkpoint
-    places["file"], places["game"] = checkpoint / "config.json", tmp_path / "game.py"
-    places["game"].write_text(MY_GAME)
+    (tmp_path / "game.py").write_text(MY_GAME)
+    places = dict(run=finished_run, checkpoint=checkpoint, file=checkpoint / "config.json")
+    places |= dict(empty=tmp_path / "empty", broken=broken, game=tmp_path / "game.py")
     monkeypatch.chdir(tmp_path)
     for command, expected in MISTAKES:
-        name, *flags = command.format(**places | ({"run": finished_run} if "--resume {run}" in command else {})).split()
+        name, *flags = command.format(**places).split()
         main = train.main if name == "train.py" else evaluation.main
         with pytest.raises(SystemExit) as stop:
             main(flags)
         line = str(stop.value)
         assert expected in line and "\n" not in line and len(line) < 400, (command, line)
-    assert sorted(train.checkpoints(finished_run)) == [2, 4]
+    assert sorted(checkpoints(finished_run)) == [2, 4]
 
 
 def test_a_mistake_on_the_real_command_line():
@@ -1277,37 +1951,41 @@ def test_a_mistake_on_the_real_command_line():
 def test_a_full_disk_while_saving_loses_nothing(finished_run, tmp_path):
     resource = pytest.importorskip("resource")
     shutil.copytree(finished_run, tmp_path, dirs_exist_ok=True)
-    before = {path.name: path.read_bytes() for path in (tmp_path / "step_000004").iterdir()}
+    before = contents_of(tmp_path / "step_000004")
     size = len(before["model.safetensors"]) // 2
-    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, size))  # stands in for a full disk
+    # stands in for a full disk
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, size))
     text = run("train.py", "--resume", tmp_path, "--steps", 5, expect=1, preexec_fn=limit)
     assert "cannot save" in text.strip().splitlines()[-1] and "Traceback" not in text
-    assert {path.name: path.read_bytes() for path in (tmp_path / "step_000004").iterdir()} == before
-    assert sorted(train.checkpoints(tmp_path)) == [2, 4]
+    assert contents_of(tmp_path / "step_000004") == before
+    assert sorted(checkpoints(tmp_path)) == [2, 4]
     assert not list(tmp_path.glob("*.unfinished"))
 
 
 def test_an_interrupted_run_says_so_and_can_go_on(finished_run, tmp_path):
-    process = start("train.py", *SMALL, "--steps", 1000, "--save_every", 1, "--out", tmp_path)
+    flags = ["--steps", 1000, "--save_every", 1, "--out", tmp_path]
+    process = start("train.py", *SMALL, *flags)
     deadline = time.time() + 600
-    while not train.checkpoints(tmp_path) and time.time() < deadline:
+    while not checkpoints(tmp_path) and time.time() < deadline:
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     text = process.communicate(timeout=300)[0]
-    assert process.returncode == 1 and "stopped" in text.strip().splitlines()[-1] and "Traceback" not in text
-    last = max(train.checkpoints(tmp_path))
+    assert process.returncode == 1
+    assert "stopped" in text.strip().splitlines()[-1] and "Traceback" not in text
+    last = max(checkpoints(tmp_path))
     train.main(["--resume", str(tmp_path), "--steps", str(last + 1)])
-    assert [row["step"] for row in rows(tmp_path / "metrics.jsonl")] == list(range(1, last + 2))
+    steps = [row["step"] for row in rows(tmp_path / "metrics.jsonl")]
+    assert steps == list(range(1, last + 2))
 
 
-def test_an_environment_of_ones_own(policy, tmp_path):
+def test_an_environment_of_ones_own(tiny, tmp_path):
+    name = f"{tmp_path}/game.py:Coin"
     (tmp_path / "game.py").write_text(MY_GAME)
-    env = make_env(f"{tmp_path}/game.py:Coin")
+    env = make_env(name)
     assert env.name == "coin" and env.parse("<action> heads </action>") == ("heads", True)
-    config = train.Config(env=f"{tmp_path}/game.py:Coin", device="cpu", model=str(train.warm_policy(policy[0])))
-    config = replace(train.resolve(config), max_reply=4)
-    sampler = train.make_sampler(config, *policy[1:])
-    trials = train.rollout(config, sampler, [0, 1], [0, 1], Sampling())
+    config = train.make_config(env=name, device="cpu", model=str(warm_policy(tiny[0])), max_reply=4)
+    player = make_player((config, *tiny[1:]), slots=2)
+    trials = sampler.rollout(config, player, [0, 1], [0, 1], Sampling())
     assert [trial.episodes for trial in trials] == [3, 3]
     for text, message in (
         ("import nothing_like_this", "cannot be loaded"),
@@ -1316,30 +1994,38 @@ def test_an_environment_of_ones_own(policy, tmp_path):
     ):
         (tmp_path / "game.py").write_text(text)
         with pytest.raises(ValueError, match=message):
-            make_env(f"{tmp_path}/game.py:Coin")
+            make_env(name)
 
 
-# --------------------------------------------------------------------------------------------- learning, and the README
+# --------------------------------------------------------------- learning, and the README
 
 
 def warm(env, **options):
     """(config, sampler) of the default warm-started policy."""
-    config = train.resolve(train.Config(env=env, model="tiny", device="cpu", **options))
-    return config, train.make_sampler(config, *train.load_policy(str(train.warm_policy(config)), "float32", "cpu"))
+    config = train.make_config(env=env, model="tiny", device="cpu", **options)
+    model, chat = load_policy(str(warm_policy(config)), torch.float32, "cpu")
+    return config, make_player((config, model, chat), slots=128)
 
 
-def actions_with(config, sampler, notes):
-    """First actions of second episodes of tasks 0, 1, ..., each with this note from a first episode in its memory."""
-    env = train.env_of(config)
+def actions_with(config, player, notes):
+    """First actions of second episodes of tasks 0, 1, ..., each with a note in its memory."""
+    env = make_env(config.env, **config.env_options)
 
     def ask(seed, note):
         initial, _ = env.reset(seed=seed)
-        prompt = lamer.play_prompt(env, config.style, "reflection", initial, [lamer.Episode([], note)], 1, [])
-        reply = yield lamer.Prompt("play", sampler.chat.encode(prompt))
+        past = [PastEpisode([], note)]
+        prompt = lamer.play_prompt(env, config.style, "reflection", initial, past, 1, [])
+        reply = yield lamer.Prompt("play", player.chat.encode(prompt))
         return env.parse(reply.text)[0]
 
     talks = [ask(seed, note) for seed, note in enumerate(notes)]
-    return sampler.run(talks, range(len(notes)), Sampling(seed=1))
+    return player.run(talks, range(len(notes)), Sampling(seed=1))
+
+
+def share_won_at_once(config, player, num):
+    """Success in the first episode, on tasks 0, 1, ..."""
+    trials = sampler.rollout(config, player, range(num), range(num), Sampling(seed=9))
+    return sum(trial.success_after(1) for trial in trials) / num
 
 
 @pytest.mark.slow
@@ -1353,9 +2039,12 @@ def test_lockbox_without_credit_across_episodes_does_not_peek(tmp_path):
 
 @pytest.mark.slow
 def test_minesweeper_warm_policy_follows_its_memory():
-    """With the board after a first episode in memory it opens what was safe there; with another board less often."""
-    config, sampler = warm("minesweeper")
-    env, rng = train.env_of(config), random.Random(0)
+    """With the board after a first episode in memory it opens what was safe there.
+
+    With another board it does so less often.
+    """
+    config, player = warm("minesweeper")
+    env, rng = make_env(config.env, **config.env_options), random.Random(0)
     boards, safe = [], []
     for seed in range(256):
         env.reset(seed=seed)
@@ -1364,62 +2053,79 @@ def test_minesweeper_warm_policy_follows_its_memory():
             _, _, terminated, truncated, _ = env.step(env.parse(env.scripted(0.0, rng))[0])
             done = terminated or truncated
         boards.append(lamer.parse_reflection(env.scripted_reflection(rng))[0])
-        found = [
-            i
-            for i, (before, after) in enumerate(zip(at_start, env.shown, strict=True))
-            if before == "?" != after != "*"
-        ]
+        changes = enumerate(zip(at_start, env.shown, strict=True))
+        found = [i for i, (before, after) in changes if before == "?" != after != "*"]
         safe.append({(i // env.size + 1, i % env.size + 1) for i in found})
 
     def share_opened(notes):
-        chosen = zip(actions_with(config, sampler, notes), safe, strict=True)
+        chosen = zip(actions_with(config, player, notes), safe, strict=True)
         return np.mean([action in cells for action, cells in chosen if cells])
 
-    assert share_opened(boards) > share_opened(boards[1:] + boards[:1]) + 0.1, "what is written changes what is done"
-    trials = train.rollout(config, sampler, range(256), range(256), Sampling(seed=9))
-    assert sum(trial.success_after(1) for trial in trials) <= 0.4 * 256, "first episodes are played poorly"
+    others = share_opened(boards[1:] + boards[:1])
+    assert share_opened(boards) > others + 0.1, "what is written changes what is done"
+    assert share_won_at_once(config, player, 256) <= 0.4, "first episodes are played poorly"
 
 
 @pytest.mark.slow
 def test_sokoban_warm_policy_follows_its_memory():
     """A plan in memory is played on the first turn, whichever it is."""
-    config, sampler = warm("sokoban")
+    config, player = warm("sokoban")
     plans = ["up, left, down", "down, down, right", "left, up, up", "right, right, left"]
     for i, plan in enumerate(plans):
         moves, other = plan.split(", "), plans[i - 1]
-        assert actions_with(config, sampler, [plan] * 128).count(moves) >= 0.25 * 128
-        assert actions_with(config, sampler, [other] * 128).count(moves) <= 0.1 * 128
-    trials = train.rollout(config, sampler, range(256), range(256), Sampling(seed=9))
-    assert sum(trial.success_after(1) for trial in trials) <= 0.6 * 256, "first episodes are played poorly"
+        assert actions_with(config, player, [plan] * 128).count(moves) >= 0.25 * 128
+        assert actions_with(config, player, [other] * 128).count(moves) <= 0.1 * 128
+    assert share_won_at_once(config, player, 256) <= 0.6, "first episodes are played poorly"
 
 
 def test_the_readme_is_true():
     text = (HERE / "README.md").read_text(encoding="utf-8")
     assert not re.findall(r"@[A-Z]+@", text)
-    for name in re.findall(r"^\| .* \| `(\w+)` \|$", text, flags=re.M):  # the table of symbols
-        assert hasattr(lamer, name), f"README names lamer.{name}, which does not exist"
-    assert len(re.findall(r"^\| .* \| `(\w+)` \|$", text, flags=re.M)) >= 8
-    flags = set(re.findall(r"--([a-z_]+[a-z])", text))
-    known = {f.name for cls in (train.Config, evaluation.EvalConfig) for f in train.fields(cls)}
+    symbols = re.findall(r"^\| .* \| `(\w+)` \|$", text, flags=re.M)  # the table of symbols
+    assert len(symbols) >= 8
+    for name in symbols:
+        is_there = hasattr(lamer, name) or hasattr(sampler, name)
+        assert is_there, f"README names {name}, which does not exist"
+    flags = set(re.findall(r"--(?:no-)?([a-z_]+[a-z])", text))
+    known = {each.name for cls in (train.Config, evaluation.EvalConfig) for each in fields(cls)}
+    for env in (*ENVS, "webshop", "alfworld"):
+        known |= {*train.env_flags(env)}
     known |= {"nproc", "help", "shape"}  # of torchrun, of both commands, and of bench/memory.py
     assert flags <= known, f"README names flags that do not exist: {sorted(flags - known)}"
-    for command in re.findall(r"^(?:python|torchrun .*) (train|eval)\.py (.*?)(?: +#.*)?$", text, flags=re.M):
-        cls = train.Config if command[0] == "train" else evaluation.EvalConfig
-        train.parse_flags(cls, command[1].split(), "")
+
+
+@pytest.mark.parametrize("place", ["README.md", "train.py", "eval.py"])
+def test_the_commands_shown_are_commands(place, tmp_path, monkeypatch):
+    """The README's commands, and those in the docstrings of the two files."""
+    text = (HERE / place).read_text(encoding="utf-8")
+    (tmp_path / "my_game.py").write_text(MY_GAME.replace("Coin", "Game"))
+    monkeypatch.chdir(tmp_path)
+
+    def saved_config(name):
+        """As if the run folders named in the commands were there."""
+        return {"env": Path(name).name.rpartition("-")[0]} if name.startswith("runs/") else {}
+
+    monkeypatch.setattr(train, "saved_config", saved_config)
+    command = r"^ *(?:\S.* && )?(?:python|torchrun .*) (train|eval)\.py (.*?)(?:  +.*| +#.*)?$"
+    found = re.findall(command, text, flags=re.M)
+    assert len(found) >= 5
+    for name, flags in found:
+        cls = train.Config if name == "train" else evaluation.EvalConfig
+        if "--help" not in flags:
+            assert train.parse_flags(cls, flags.split(), "")
 
 
 def test_lockbox_warm_policy_follows_its_memory_and_rl_learns_to_peek(request):
-    """The whole claim in miniature: from a policy that can copy, meta-RL finds that peeking first is worth it."""
+    """The whole claim in miniature: from a policy that can copy, peeking first is learned."""
     text = request.session.process.communicate(timeout=600)[0]
     assert request.session.process.returncode == 0, text[-3000:]
-    config, sampler = warm("lockbox")
+    assert "sampler: continuous batching" in text
+    config, player = warm("lockbox")
     for code in (2, 7):
-        assert actions_with(config, sampler, [f"code {code}"] * 64).count(f"open {code}") >= 32, (
-            "a written code is opened"
-        )
-        assert actions_with(config, sampler, ["nothing"] * 64).count(f"open {code}") <= 16
-    trials = train.rollout(config, sampler, range(128), range(128), Sampling(seed=9))
-    assert sum(trial.success_after(1) for trial in trials) <= 0.25 * 128, "first episodes are played poorly"
+        opened = actions_with(config, player, [f"code {code}"] * 64).count(f"open {code}")
+        assert opened >= 32, "a written code is opened"
+        assert actions_with(config, player, ["nothing"] * 64).count(f"open {code}") <= 16
+    assert share_won_at_once(config, player, 128) <= 0.25, "first episodes are played poorly"
     out = request.session.lockbox
     evaluation.main(["--model", str(out), "--json", str(out / "eval.json")])
     result = json.loads((out / "eval.json").read_text())

@@ -1,7 +1,7 @@
-"""Peak memory of one training step, predicted and measured, on a model of a real shape with random weights.
+"""Peak memory of one training step, predicted and measured, for a real shape with random weights.
 
-    python bench/memory.py --shape Qwen3-4B --env sokoban                                      the paper's, on a GPU
-    python bench/memory.py --shape Qwen3-0.6B --env sokoban --max_reply 16 --num_tasks 1 ...   options as in train.py
+    python bench/memory.py --shape Qwen3-4B --env sokoban                  the paper's, on a GPU
+    python bench/memory.py --shape Qwen3-0.6B --num_tasks 1 --max_reply 16     options of train.py
 
 Measured is what the GPU's allocator gave out at most, or on a CPU what the process grew by.
 """
@@ -15,7 +15,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+import lamer
 import train
+from envs import make_env
+from policy import make_tokenizer
+from sampler import Sampling, rollout
 
 SHAPES = {  # (width, width of the MLP, layers, heads), as published
     "Qwen3-0.6B": (1024, 3072, 28, 16),
@@ -25,15 +29,26 @@ SHAPES = {  # (width, width of the MLP, layers, heads), as published
 VOCAB_SIZE = 151936
 
 
-def make_model(shape: str, env: train.Env, folder: str) -> None:
-    """Save a model of this shape with random weights, in bf16, and a tokenizer of the environment's words."""
+def make_model(shape: str, env: str, folder: str) -> None:
+    """Save a model of this shape with random weights, in bf16, and a tokenizer of the game."""
     width, mlp, layers, heads = SHAPES[shape]
-    sizes = dict(hidden_size=width, intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=heads)
-    sizes |= dict(num_key_value_heads=8, head_dim=128, vocab_size=VOCAB_SIZE, tie_word_embeddings=True)
-    tokenizer = train.make_tokenizer([env.rules("full"), env.reset(seed=0)[0]])
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+    game = make_env(env)
+    tokenizer = make_tokenizer([game.rules("full"), game.reset(seed=0)[0]])
+    config = Qwen3Config(
+        hidden_size=width,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=8,
+        head_dim=128,
+        vocab_size=VOCAB_SIZE,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    with torch.device(train.default_device()):
         torch.set_default_dtype(torch.bfloat16)
-        model = Qwen3ForCausalLM(Qwen3Config(**sizes, eos_token_id=tokenizer.eos_token_id, bos_token_id=None))
+        model = Qwen3ForCausalLM(config)
         torch.set_default_dtype(torch.float32)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -44,9 +59,9 @@ def main(argv: list[str]) -> None:
     shape, argv = argv[at + 1], argv[:at] + argv[at + 2 :]
     given = train.parse_flags(train.Config, argv, __doc__)
     with tempfile.TemporaryDirectory() as folder:
-        make_model(shape, train.make_env(given.get("env", "sokoban")), folder)
-        given = dict(env="sokoban", dtype="bfloat16") | given | dict(model=folder, out=f"{folder}/run")
-        config = train.resolve(train.Config(**given))
+        make_model(shape, given.get("env", "sokoban"), folder)
+        given = dict(env="sokoban", dtype="bfloat16") | given
+        config = train.make_config(**given | dict(model=folder, out=f"{folder}/run"))
         is_gpu = config.device.startswith("cuda")
         if is_gpu:
             torch.cuda.empty_cache()
@@ -55,22 +70,31 @@ def main(argv: list[str]) -> None:
         if is_gpu:
             torch.cuda.reset_peak_memory_stats()
         else:
-            Path("/proc/self/clear_refs").write_text("5")  # loading held an fp32 copy
-        row = train.train_step(config, run, range(config.num_tasks * config.group_size), 0)
+            Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
+        trial_ids = range(config.num_tasks * config.group_size)
+        sampling = Sampling(config.seed, 0, config.temperature)
+        seeds = train.task_seeds(config, trial_ids, 0)
+        trials = rollout(config, run.sampler, seeds, trial_ids, sampling)
+        train.assign_credit(config, run.policy, trials)
+        minibatches = train.deal_minibatches(config, trials, trial_ids, 0)
+        lamer.update(run.policy, run.optimizer, minibatches, config, run.reference)
     measured = (train.peak_gb(config.device) if is_gpu else resident_gb("VmHWM")) - idle
-    plan = train.memory_plan(config, run.model.config, run.model.num_parameters(), 1)
-    slot, in_update = plan.pop("slot"), plan["gradients"] + plan["activations"]
-    plan["cache"] = slot * run.sampler.num_slots
-    predicted = sum(plan.values()) - min(plan["cache"], in_update)  # these are not there at the same time
-    print(f"{shape} {config.dtype}, {run.sampler.num_slots} slots, {row['turns']} turns, seconds {row['seconds']}")
-    print("predicted GB: " + ", ".join(f"{name} {need:.2f}" for name, need in plan.items() if need), end="")
-    print(f"; at most at once {predicted:.2f}; measured {measured:.2f}")
+    model = lamer.unwrap(run.policy).model
+    plan = train.memory_plan(config, model.config, model.num_parameters(), 1)
+    plan["cache"] = plan.pop("slot") * run.sampler.slots
+    in_update = plan["gradients"] + plan["activations"]  # not there at the same time as the cache
+    predicted = sum(plan.values()) - min(plan["cache"], in_update)
+    num_turns = sum(len(trial.turns) for trial in trials)
+    print(f"{shape} {config.dtype}, {run.sampler.slots} slots, {num_turns} turns")
+    parts = ", ".join(f"{name} {need:.2f}" for name, need in plan.items() if need)
+    print(f"predicted GB: {parts}; at most at once {predicted:.2f}; measured {measured:.2f}")
 
 
 def resident_gb(field: str) -> float:
     """The process' memory now (VmRSS) or at most since the last reset (VmHWM); Linux only."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines[field].split()[0]) * 1024 / 1e9
+    lines = Path("/proc/self/status").read_text().splitlines()
+    sizes = dict(line.split(":", 1) for line in lines)
+    return int(sizes[field].split()[0]) * 1024 / 1e9
 
 
 if __name__ == "__main__":

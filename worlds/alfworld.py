@@ -1,18 +1,21 @@
-"""ALFWorld, written from scratch: household tasks in text, from genuine game files or from rooms made here.
+"""ALFWorld, written from scratch: household tasks in text, in genuine games or rooms made here.
 
-1. The simulator: `parse_problem` reads the PDDL problem of a game into a `Game` (what never changes); a `State` of it
-   lists its admissible commands, carries them out and knows when the problem's own goal holds. Texts, lists and ends
-   equal the original engine's (TextWorld, ALFWorld 0.4.2), as recorded cases show, at a thousand times its speed.
-2. `make_game`: kitchens, living rooms, bedrooms and bathrooms of genuine character, as the same `Game`.
-3. `AlfWorld`: LaMer's episode around it (ten turns, 10 points at the winning one), and a scripted player, whose expert
-   takes the shortest way and whose novice searches and reads its memory.
+1. The simulator: `parse_problem` reads the PDDL problem of a game into a `Game` (what never
+   changes); a `State` of it lists its admissible commands, carries them out and knows when the
+   problem's own goal holds. Texts, lists and ends equal the original engine's (TextWorld, ALFWorld
+   0.4.2), as recorded cases show, at a thousand times its speed.
+2. `make_game`: kitchens, living rooms, bedrooms and bathrooms of genuine character, as a `Game`.
+3. `AlfWorld`: LaMer's episode around it (ten turns, 10 points at the winning one), and a scripted
+   player, whose expert takes the shortest way and whose novice searches and reads its memory.
 
-    env = AlfWorld()                          # generated games; AlfWorld(data=DIR) for genuine ones, in either dialect
+    env = AlfWorld()                          # generated games; AlfWorld(data=DIR): genuine ones
     observation, info = env.reset(seed=7)
     observation, reward, terminated, truncated, info = env.step("go to cabinet 1")
     python train.py --env alfworld
 
-What can be where, and which task goes with which room, are facts condensed from ALFRED and ALFWorld (NOTICE.alfworld).
+The rules are those of alfred.pddl and alfred.twl2 in the folder `alfworld/data` of
+github.com/alfworld/alfworld. What can be where, and which task goes with which room, are facts
+condensed from ALFRED and ALFWorld (NOTICE.alfworld).
 """
 
 import json
@@ -27,28 +30,39 @@ from heapq import heappop, heappush
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from envs import Env, derive_seed
+from envs import EVAL_SEED, WIN_REWARD, Env, derive_seed
 
 
 def table(text: str) -> dict[str, list[str]]:
-    """A table from lines, or parts of lines, "key key: word word;"."""
-    rows = [row.partition(": ") for row in re.split("[;\n]", text)]
-    return {key: words.split() for keys, _, words in rows for key in keys.split()}
+    """A table from text.
+
+    table("a b: x y; c: z") == {"a": ["x", "y"], "b": ["x", "y"], "c": ["z"]}
+    """
+    rows = {}
+    for row in text.split(";"):
+        keys, _, words = row.partition(":")
+        for key in keys.split():
+            rows[key] = words.split()
+    return rows
 
 
-# ---------------------------------------------------------------------------------- reading a problem
+# ----------------------------------------------------------------------- reading a problem
 
-Atom = tuple[str, ...]  # a ground fact, ("inreceptacle", "mug_bar_1", "cabinet_bar_2"), or an action, ("open", "...")
+# A ground fact, ("inreceptacle", "mug_bar_1", "cabinet_bar_2"), or an action, ("open", "...")
+Atom = tuple[str, ...]
 
-# The domain's predicates of one argument and of two; the first six and the first four are what play changes.
-# The engine lower-cases whatever it reads.
-UNARY = """opened isclean ishot iscool issliced istoggled openable ison cleanable heatable coolable sliceable toggleable
-    pickupable isreceptacleobject isreceptacleobjectfull moveable full checked examined holdsany
+# The domain's predicates of one argument and of two, in lower case, as the engine turns whatever it
+# reads. The first line of each is what play changes.
+UNARY_CHANGING = "opened isclean ishot iscool issliced istoggled"
+UNARY = """openable ison cleanable heatable coolable sliceable toggleable pickupable
+    isreceptacleobject isreceptacleobjectfull moveable full checked examined holdsany
     holdsanyreceptacleobject"""
-BINARY = """atlocation objectatlocation inreceptacle holds receptacleatlocation inreceptacleobject receptacletype
-    objecttype cancontain wasinreceptacle"""
-PREDICATES = dict.fromkeys(UNARY.split(), 1) | dict.fromkeys(BINARY.split(), 2)
-CHANGING = {*UNARY.split()[:6], *BINARY.split()[:4]}
+BINARY_CHANGING = "atlocation objectatlocation inreceptacle holds"
+BINARY = """receptacleatlocation inreceptacleobject receptacletype objecttype cancontain
+    wasinreceptacle"""
+CHANGING = {*UNARY_CHANGING.split(), *BINARY_CHANGING.split()}
+NUM_ARGUMENTS = dict.fromkeys([*UNARY_CHANGING.split(), *UNARY.split()], 1)
+NUM_ARGUMENTS |= dict.fromkeys([*BINARY_CHANGING.split(), *BINARY.split()], 2)
 
 
 class Form(list):
@@ -65,7 +79,8 @@ def read_form(text: str) -> Form:
     """All lists of a text, nested: "(a (b c))" -> [["a", ["b", "c"]]]."""
     stack = [Form()]
     for line, row in enumerate(text.lower().split("\n"), start=1):
-        for token in row.partition(";")[0].replace("(", " ( ").replace(")", " ) ").split():
+        code = row.partition(";")[0]  # the rest is a comment
+        for token in code.replace("(", " ( ").replace(")", " ) ").split():
             if token == "(":
                 stack.append(Form())
                 stack[-1].line = line
@@ -84,13 +99,16 @@ def read_form(text: str) -> Form:
 
 
 def typed_names(names: Form) -> list[tuple[str, str]]:
-    """(name, type) pairs of a typed list: ["?a", "?b", "-", "agent"] -> [("?a", "agent"), ("?b", "agent")]."""
+    """(name, type) pairs of a typed list.
+
+    ["?a", "?b", "-", "agent"] -> [("?a", "agent"), ("?b", "agent")]
+    """
     pairs, untyped = [], []
     for before, token in zip(["", *names], names, strict=False):
         if not isinstance(token, str):
             raise ValueError(f"line {names.line}: a list where a name is due in {names}")
         if before == "-":
-            pairs.extend((name, token) for name in untyped)
+            pairs += [(name, token) for name in untyped]
             untyped = []
         elif token != "-":
             untyped.append(token)
@@ -101,15 +119,23 @@ def typed_names(names: Form) -> list[tuple[str, str]]:
 
 def read_atom(form: Any) -> Atom:
     """A fact or condition, checked against the domain."""
-    atom = tuple(form) if isinstance(form, Form) and all(isinstance(part, str) for part in form) else ()
-    if not atom or PREDICATES.get(atom[0]) != len(atom) - 1:
+    is_flat = isinstance(form, Form) and all(isinstance(part, str) for part in form)
+    atom = tuple(form) if is_flat else ()
+    if not atom or NUM_ARGUMENTS.get(atom[0]) != len(atom) - 1:
         line, text = getattr(form, "line", 1), str(form)[:80]
-        raise ValueError(f"line {line}: unknown predicate, or one with another number of arguments: {text}")
+        problem = "unknown predicate, or one with another number of arguments"
+        raise ValueError(f"line {line}: {problem}: {text}")
     return atom
 
 
-def flatten_goal(form: Any, scope: dict[str, str], variables: dict[str, str], conditions: list[Atom]) -> None:
-    """Collect a goal of nested `and`, `exists` and `not (= ..)` as variables with their types, and conditions."""
+def flatten_goal(
+    form: Any, scope: dict[str, str], variables: dict[str, str], conditions: list[Atom]
+) -> None:
+    """Collect a goal of nested `and`, `exists` and `not (= ..)`.
+
+    It becomes `variables` with their types, and `conditions` on them. `scope` maps the names in
+    force at this place to variables.
+    """
     match form:
         case ["and", _, *_]:
             for part in form[1:]:
@@ -118,7 +144,8 @@ def flatten_goal(form: Any, scope: dict[str, str], variables: dict[str, str], co
         case ["exists", Form() as names, body]:
             scope = dict(scope)
             for name, kind in typed_names(names):
-                scope[name] = f"{name} {len(variables)}"  # the same name may stand in two places for two things
+                # Numbered, as the same name may stand in two places for two things.
+                scope[name] = f"{name} {len(variables)}"
                 variables[scope[name]] = kind
             flatten_goal(body, scope, variables, conditions)
             return
@@ -130,69 +157,111 @@ def flatten_goal(form: Any, scope: dict[str, str], variables: dict[str, str], co
 
 
 class Game:
-    """A game: tables of what never changes while it is played, the facts true at the start, and the goal.
+    """A game: tables of what never changes in play, the facts true at the start, and the goal.
 
     The goal is a list of ways to win; each is the set of changeable facts that must hold together.
+    Lists of things follow the order of their raw ids, as the engine's do.
     """
 
     def __init__(
-        self, types: dict[str, str], facts: Iterable[Atom], goal: Form, task: str, task_type: str, old: bool = False
+        self,
+        types: dict[str, str],
+        facts: Iterable[Atom],
+        goal: Form,
+        task: str,
+        task_type: str,
+        old: bool = False,  # the older dialect, see load_game
     ):
         self.task, self.task_type, self.old, self.types = task, task_type, old, types
         self.static = set(facts)
-        rows = defaultdict(list)
+        rows = defaultdict(list)  # predicate -> the arguments it holds for
         for predicate, *arguments in sorted(self.static):
             rows[predicate].append(arguments)
+
         self.agent = next(name for name, kind in types.items() if kind == "agent")
         self.names = shown_names({name for fact in self.static for name in fact[1:]})
-        self.place = dict(rows["receptacleatlocation"])  # receptacle -> where one stands to use it
-        self.receptacles = sorted(self.place)  # lists and numbers follow the order of the raw ids, here and below
-        self.at = {place: [r for r in self.receptacles if self.place[r] == place] for place in self.place.values()}
+        self.place = dict(rows["receptacleatlocation"])  # receptacle -> where one uses it
+        self.receptacles = sorted(self.place)
+        self.at: dict[str, list[str]] = {}  # place -> the receptacles used there
+        for r in self.receptacles:
+            self.at.setdefault(self.place[r], []).append(r)
+
         kinds = dict(rows["objecttype"] + rows["receptacletype"])
         self.kind = {name: kind.removesuffix("type") for name, kind in kinds.items()}
-        self.fits = {  # object -> receptacles that take it
-            o: {r for r in self.receptacles if ("cancontain", kinds.get(r), kind) in self.static}
-            for o, kind in rows["objecttype"]
-        }
-        self.openable, self.portable = ({name for (name,) in rows[p]} for p in ("openable", "pickupable"))
+        takers = defaultdict(set)  # type of object -> types of receptacle that take it
+        for receptacle_type, object_type in rows["cancontain"]:
+            takers[object_type].add(receptacle_type)
+        self.fits: dict[str, set[str]] = {}  # object -> receptacles that take it
+        for o, kind in rows["objecttype"]:
+            self.fits[o] = {r for r in self.receptacles if kinds.get(r) in takers[kind]}
+        self.openable = {name for (name,) in rows["openable"]}
+        self.portable = {name for (name,) in rows["pickupable"]}
         self.sliceable = [name for (name,) in rows["sliceable"]]
         self.inner = rows["inreceptacleobject"]
+
         self.start = {fact for fact in self.static if fact[0] in CHANGING}
         self.static = {fact for fact in self.static if not self.can_change(fact)}
         self.goal = self.ground(goal)
-        places = {*self.at, next(fact[2] for fact in self.start if fact[0] == "atlocation")}
-        self.travel = {p: [("go", r) for r in self.receptacles if self.place[r] != p] for p in places}
+        self.travel = {}  # place -> the ways from there
+        for place in [*self.at, next(fact[2] for fact in self.start if fact[0] == "atlocation")]:
+            self.travel[place] = [("go", r) for r in self.receptacles if self.place[r] != place]
         self.said: dict[Atom, str] = {}
 
     def can_change(self, fact: Atom) -> bool:
-        """Only what can be carried ever changes its receptacle, so a lamp on a desk is part of the furniture."""
-        return fact[0] in CHANGING and (fact[0] != "inreceptacle" or fact[1] in self.portable)
+        """Only what can be carried changes its receptacle: a lamp on a desk is furniture."""
+        if fact[0] == "inreceptacle":
+            return fact[1] in self.portable
+        return fact[0] in CHANGING
 
     def ground(self, goal: Form) -> list[frozenset[Atom]]:
-        """Every assignment of the goal's variables that the unchanging facts allow, as what is left to be achieved."""
+        """Every assignment of the goal's variables that the unchanging facts allow.
+
+        Each as what is left to be achieved.
+        """
         variables, conditions = {}, []
         flatten_goal(goal, {}, variables, conditions)
         known = {*variables, *self.types, *self.types.values()}
-        for name in [name for condition in conditions for name in condition[1:]] + [*variables.values()]:
+        used = [name for condition in conditions for name in condition[1:]]
+        for name in [*used, *variables.values()]:
             if name not in known:
-                raise ValueError(f"line {goal.line}: the goal names {name[:60]}, which is not declared")
+                problem = f"the goal names {name[:60]}, which is not declared"
+                raise ValueError(f"line {goal.line}: {problem}")
+
+        # Bind one variable after the other. A condition is looked at once its last variable is
+        # bound (at the start, for "", if it has none), so that wrong assignments go early.
         order = ["", *variables]
-        last = [max(order.index(name) if name in variables else 0 for name in c) for c in conditions]
-        rows: list[tuple[dict[str, str], frozenset[Atom]]] = [({}, frozenset())]  # (assignment so far, facts it needs)
+        rows: list[tuple[dict[str, str], frozenset[Atom]]] = [({}, frozenset())]  # (bound, needed)
         for i, variable in enumerate(order):
-            values = [name for name in self.names if self.types.get(name) == variables[variable]] if variable else [""]
+            values = [""]
+            if variable:
+                kind = variables[variable]
+                values = [name for name in self.names if self.types.get(name) == kind]
             if len(rows) * len(values) > 100_000:
                 raise ValueError(f"line {goal.line}: the goal has too many variables")
-            rows = [(bound | {variable: value}, needed) for bound, needed in rows for value in values]
-            for condition in [c for c, k in zip(conditions, last, strict=True) if k == i]:
-                before, rows = rows, []
-                for bound, needed in before:
-                    atom = tuple(bound.get(name, name) for name in condition)
-                    if self.can_change(atom):
-                        rows.append((bound, needed | {atom}))
-                    elif atom in self.static or (atom[0] == "!=" and atom[1] != atom[2]):
-                        rows.append((bound, needed))
+            due = []
+            for condition in conditions:
+                last = max(order.index(name) if name in variables else 0 for name in condition)
+                if last == i:
+                    due.append(condition)
+            before, rows = rows, []
+            for bound, needed in before:
+                for value in values:
+                    binding = bound | {variable: value}
+                    facts = self.needed(due, binding)
+                    if facts is not None:
+                        rows.append((binding, needed | facts))
         return list(dict.fromkeys(needed for _, needed in rows))
+
+    def needed(self, conditions: list[Atom], binding: dict[str, str]) -> set[Atom] | None:
+        """The changeable facts among these conditions; None if another does not hold."""
+        facts = set()
+        for condition in conditions:
+            atom = tuple(binding.get(name, name) for name in condition)
+            if self.can_change(atom):
+                facts.add(atom)
+            elif atom not in self.static and (atom[0] != "!=" or atom[1] == atom[2]):
+                return None
+        return facts
 
     def say(self, action: Atom) -> str:
         """An action as the command a player types."""
@@ -201,33 +270,47 @@ class Game:
             start, link = COMMANDS.get(verb, (verb, "with"))
             if self.old and verb == "move":
                 start, link = "put", "in/on"
-            self.said[action] = " ".join([start, f" {link} ".join(self.names[i] for i in ids)]).strip()
+            things = f" {link} ".join(self.names[i] for i in ids)
+            self.said[action] = f"{start} {things}".strip()
         return self.said[action]
 
 
 def shown_names(ids: Iterable[str]) -> dict[str, str]:
-    """Raw id -> shown name; within a class numbers fall as ids rise: of two cabinets, the first is `cabinet 2`."""
+    """Raw id -> shown name.
+
+    Within a class numbers fall as ids rise: of two cabinets, the first is `cabinet 2`.
+    """
     names, counts = {}, defaultdict(int)
     for name in sorted(ids, reverse=True):
-        kind = name.partition("_bar_")[0] + "basin" * ("basin" in name)
+        kind = name.partition("_bar_")[0]
+        if "basin" in name:
+            kind += "basin"
         counts[kind] += 1
         names[name] = f"{kind} {counts[kind]}" if "_bar_" in name else name
     return names
 
 
-def parse_problem(text: str, task: str, task_type: str, old: bool = False, source: str = "problem") -> Game:
+def parse_problem(
+    text: str, task: str, task_type: str, old: bool = False, source: str = "problem"
+) -> Game:
     """The game of a PDDL problem and its task sentence; ValueError names `source` and the line."""
     try:
         forms = read_form(text)
         if len(forms) != 1 or forms[0][:1] != ["define"]:
             raise ValueError("line 1: a problem is one list (define (problem ..) ..)")
-        sections = {part[0]: part for part in forms[0] if isinstance(part, Form) and part and isinstance(part[0], str)}
-        objects, init, goal = (sections.get(name, Form()) for name in (":objects", ":init", ":goal"))
-        objects[:1] = []
+        sections = {}
+        for part in forms[0]:
+            if isinstance(part, Form) and part and isinstance(part[0], str):
+                sections[part[0]] = part
+        objects, init = sections.get(":objects", Form()), sections.get(":init", Form())
+        goal = sections.get(":goal", Form())
+
+        del objects[:1]  # the heading; in place, which keeps the form's line
         types = dict(typed_names(objects))
         agents = [name for name, kind in types.items() if kind == "agent"]
         if len(agents) != 1:
-            raise ValueError(f"line {objects.line}: {len(agents)} agents, {' '.join(agents)[:60]}; only one can play")
+            problem = f"{len(agents)} agents, {' '.join(agents)[:60]}; only one can play"
+            raise ValueError(f"line {objects.line}: {problem}")
         facts = []
         for form in init[1:]:
             if form[:1] == ["="]:  # distances and costs, which no text game uses
@@ -236,7 +319,7 @@ def parse_problem(text: str, task: str, task_type: str, old: bool = False, sourc
             for name in form[1:]:
                 if name not in types:
                     raise ValueError(f"line {form.line}: {name[:60]} in {form} is not declared")
-        if sum(fact[0] == "atlocation" for fact in facts) != 1:
+        if [fact[0] for fact in facts].count("atlocation") != 1:
             raise ValueError(f"line {init.line}: the agent must be at exactly one place")
         if len(goal) != 2 or len(goal[1]) < 2:
             raise ValueError(f"line {goal.line}: the goal is empty")
@@ -245,11 +328,16 @@ def parse_problem(text: str, task: str, task_type: str, old: bool = False, sourc
         raise ValueError(f"{source}, {error}") from None
 
 
-# --------------------------------------------------------------------------------------- the simulator
+# --------------------------------------------------------------------------- the simulator
 
-COMMANDS = {"go": ("go to", ""), "take": ("take", "from"), "move": ("move", "to")}  # others: verb x, verb x with y
-# verb: which objects can be treated so, what they become, where
-TREATMENTS = table("clean: cleanable isclean sinkbasin; heat: heatable ishot microwave; cool: coolable iscool fridge")
+# Verb: how its command begins, and what links its two things; others: "verb x", "verb x with y".
+COMMANDS = {"go": ("go to", ""), "take": ("take", "from"), "move": ("move", "to")}
+# Verb: which objects can be treated so, what they become, where.
+TREATMENTS = table("""
+    clean: cleanable isclean sinkbasin;
+    heat: heatable ishot microwave;
+    cool: coolable iscool fridge
+""")
 EFFECTS = {  # verb: what its object becomes, what it ceases to be, feedback
     "open": ("opened", None, "You open the {}. "),
     "close": (None, "opened", "You close the {}."),
@@ -279,23 +367,26 @@ HELP = """Available commands:
 class State:
     """A game being played. `facts` is the truth, the other fields repeat parts of it for speed.
 
-    Beside the domain's facts there is ("notin", o, r), read by `look`, for an object taken out of r and not put back.
+    Beside the domain's facts there is ("notin", o, r), read by `look`, for an object taken out of r
+    and not put back.
     """
 
     def __init__(self, game: Game):
         self.game, self.facts = game, set(game.start)
-        self.contents = {r: [] for r in game.receptacles}  # in the order of ids
+        self.contents = {r: [] for r in game.receptacles}
         for o, r in sorted(fact[1:] for fact in game.start if fact[0] == "inreceptacle"):
             if r in self.contents:
                 self.contents[r].append(o)
         self.place = next(fact[2] for fact in game.start if fact[0] == "atlocation")
         self.here = game.at.get(self.place, [])  # the receptacles at this place
-        self.held = next((fact[2] for fact in sorted(game.start) if fact[0] == "holds"), None)
+        held = [fact[2] for fact in sorted(game.start) if fact[0] == "holds"]
+        self.held = held[0] if held else None
 
     def copy(self) -> "State":
         other = State.__new__(State)
         other.__dict__.update(self.__dict__)
-        other.facts, other.contents = set(self.facts), {r: list(c) for r, c in self.contents.items()}
+        other.facts = set(self.facts)
+        other.contents = {r: list(objects) for r, objects in self.contents.items()}
         return other
 
     @property
@@ -308,16 +399,23 @@ class State:
     def actions(self) -> Iterator[Atom]:
         """Whatever may be done now, in no particular order and perhaps twice."""
         game, facts, held = self.game, self.facts, self.held
-        yield from (("look",), ("inventory",)) if game.old else (("look",), ("inventory",), ("help",))
+        yield ("look",)
+        yield ("inventory",)
+        if not game.old:
+            yield ("help",)
         yield from game.travel[self.place]
         for r in self.here:
             yield "examine", r
             if r in game.openable:
                 yield ("close" if ("opened", r) in facts else "open"), r
-            yield from (("use", o) for o in self.contents[r] if ("toggleable", o) in game.static)
-            if held is None and self.is_accessible(r):
+            for o in self.contents[r]:  # of a closed receptacle, too
+                if ("toggleable", o) in game.static:
+                    yield "use", o
+            if not self.is_accessible(r):
+                continue
+            if held is None:
                 yield from (("take", o, r) for o in self.contents[r] if o in game.portable)
-            elif r in game.fits.get(held, ()) and self.is_accessible(r):
+            elif r in game.fits.get(held, ()):
                 yield "move", held, r
         if held is None:
             return
@@ -326,8 +424,9 @@ class State:
             if (ability, held) in game.static:
                 yield from ((verb, held, r) for r in self.here if game.kind.get(r) == tool)
         if game.kind.get(held) in ("knife", "butterknife"):
-            here = (o for o in game.sliceable if ("objectatlocation", o, self.place) in facts)
-            yield from (("slice", o, held) for o in here)
+            for o in game.sliceable:
+                if ("objectatlocation", o, self.place) in facts:
+                    yield "slice", o, held
 
     def commands(self) -> dict[str, Atom]:
         """The admissible commands and what they mean."""
@@ -336,14 +435,18 @@ class State:
 
     def apply(self, action: Atom) -> str:
         """Carry out an action that is allowed and return the feedback."""
-        game, facts, held, verb = self.game, self.facts, self.held, action[0]
-        x, y = (*action[1:], None, None)[:2]
+        game, facts, held = self.game, self.facts, self.held
+        verb, *ids = action
+        x = ids[0] if ids else None
+        y = ids[1] if len(ids) > 1 else None
         a, b = game.names.get(x), game.names.get(y)
         match verb:
             case "look":
                 return self.look()
             case "inventory":
-                return f"You are carrying: a {game.names[held]}." if held else "You are not carrying anything."
+                if held is None:
+                    return "You are not carrying anything."
+                return f"You are carrying: a {game.names[held]}."
             case "help":
                 return HELP
             case "go":
@@ -351,7 +454,8 @@ class State:
                 self.place = game.place[x]
                 self.here = game.at[self.place]
                 facts.add(("atlocation", game.agent, self.place))
-                return f"You arrive at {game.names[self.place] if game.old else a}. {self.describe(x)}"
+                arrival = game.names[self.place] if game.old else a
+                return f"You arrive at {arrival}. {self.describe(x)}"
             case "take":
                 facts -= {("inreceptacle", x, y), ("objectatlocation", x, self.place)}
                 facts |= {("holds", game.agent, x), ("notin", x, y)}
@@ -364,59 +468,87 @@ class State:
                 if x not in self.contents[y]:  # it can be, having lain in two receptacles
                     insort(self.contents[y], x)
                 self.held = None
-                return f"You put the {a} in/on the {b}." if game.old else f"You move the {a} to the {b}."
+                if game.old:
+                    return f"You put the {a} in/on the {b}."
+                return f"You move the {a} to the {b}."
             case "examine":
                 return self.describe(x) if x in self.contents else self.inspect(x)
-            case _:
-                gained, lost, feedback = EFFECTS[verb]
-                facts.discard((lost, x))
-                facts |= {(gained, x)} if gained else set()
-                return feedback.format(a, b) + (self.describe(x) if verb == "open" else "")
+        gained, lost, feedback = EFFECTS[verb]
+        facts.discard((lost, x))
+        if gained is not None:
+            facts.add((gained, x))
+        text = feedback.format(a, b)
+        return text + self.describe(x) if verb == "open" else text
 
     def intro(self) -> str:
         """The first observation: the room and the task."""
-        room = self.look() if self.here else self.look().replace("nothing", self.listing(self.game.receptacles))
-        return f"-= Welcome to TextWorld, ALFRED! =-\n\n{room}\n\nYour task is to: {self.game.task}."
+        room = self.look()
+        if not self.here:  # only this once is the room listed from its middle
+            room = room.replace("nothing", self.listing(self.game.receptacles))
+        return (
+            f"-= Welcome to TextWorld, ALFRED! =-\n\n{room}\n\nYour task is to: {self.game.task}."
+        )
 
     def listing(self, ids: Iterable[str], article: str = "a ") -> str:
         """Two mugs give "a mug 2, and a mug 1"; none "nothing"."""
         names = [article + self.game.names[i] for i in ids]
-        return ", ".join(names[:-1]) + f", and {names[-1]}" if len(names) > 1 else "".join(names) or "nothing"
+        if not names:
+            return "nothing"
+        if len(names) == 1:
+            return names[0]
+        return ", ".join(names[:-1]) + f", and {names[-1]}"
 
     def look(self) -> str:
         if not self.here:
             return "You are in the middle of a room. Looking quickly around you, you see nothing."
-        # The engine lists what was carried from one receptacle of this place to another, once per receptacle it left.
-        lying = [o for o in self.game.fits if ("objectatlocation", o, self.place) in self.facts]
-        around = [o for o in lying for r in self.here if ("notin", o, r) in self.facts]
-        return f"You are facing the {self.listing(self.here, '')}. Next to it, you see {self.listing(around)}."
+        # The engine lists what was carried from one receptacle of this place to another, once for
+        # each receptacle it left.
+        around = []
+        for o in self.game.fits:
+            if ("objectatlocation", o, self.place) in self.facts:
+                around += [o for r in self.here if ("notin", o, r) in self.facts]
+        facing = self.listing(self.here, article="")
+        return f"You are facing the {facing}. Next to it, you see {self.listing(around)}."
 
     def describe(self, r: str) -> str:
         """What a receptacle shows."""
+        name = self.game.names[r]
         if not self.is_accessible(r):
-            return f"The {self.game.names[r]} is closed."
-        start = "The {} is open. In it, you see" if r in self.game.openable else "On the {}, you see"
-        return f"{start.format(self.game.names[r])} {self.listing(self.contents[r])}."
+            return f"The {name} is closed."
+        objects = self.listing(self.contents[r])
+        if r in self.game.openable:
+            return f"The {name} is open. In it, you see {objects}."
+        return f"On the {name}, you see {objects}."
 
     def inspect(self, o: str) -> str:
         """What a held object shows."""
         game, name = self.game, self.game.names[o]
-        states = ("isclean", "ishot", "iscool", "issliced", "istoggled")
-        clean, hot, cool, sliced, on = ((state, o) in self.facts for state in states)
         if ("isreceptacleobject", o) in game.static:
             inside = [i for i, outside in game.inner if outside == o]
             return f"This is a normal {name}. In it, you see {self.listing(inside)}."
-        words = " and ".join((["hot"] * hot or ["cool"] * cool) + ["clean"] * clean)
-        if words:
-            return f"This is a {'cold' if words == 'cool' and not sliced else words}{' sliced' * sliced} {name}."
-        if on and ("toggleable", o) in game.static:
+        is_sliced = ("issliced", o) in self.facts
+        states = []
+        if ("ishot", o) in self.facts:
+            states.append("hot")
+        elif ("iscool", o) in self.facts:
+            states.append("cool")
+        if ("isclean", o) in self.facts:
+            states.append("clean")
+        if states:
+            words = " and ".join(states)
+            if is_sliced:
+                words += " sliced"
+            elif words == "cool":
+                words = "cold"
+            return f"This is a {words} {name}."
+        if ("istoggled", o) in self.facts and ("toggleable", o) in game.static:
             return f"This {name} is on."
-        if sliced and o in game.sliceable:
+        if is_sliced and o in game.sliceable:
             return f"This is a sliced {name}."
         return f"There's nothing special about {name}."
 
 
-# ------------------------------------------------------------------------------------- genuine games
+# --------------------------------------------------------------------------- genuine games
 
 MAX_BYTES = 5_000_000  # a game file has some hundred kB; far larger ones are something else
 
@@ -424,23 +556,32 @@ MAX_BYTES = 5_000_000  # a game file has some hundred kB; far larger ones are so
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; ValueError in one line if there is none."""
     try:
-        if (size := path.stat().st_size) > MAX_BYTES:
+        size = path.stat().st_size
+        if size > MAX_BYTES:
             raise ValueError(f"{size:,} bytes is more than any game file has")
-        if not isinstance(data := json.loads(path.read_text(encoding="utf-8")), dict):
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(data, dict):
             raise ValueError("line 1: not a JSON object")
         return data
-    except (OSError, ValueError, RecursionError) as error:  # bad UTF-8 and bad JSON are ValueErrors that name the place
+    except (OSError, ValueError, RecursionError) as error:  # bad UTF-8 and JSON are ValueErrors
         raise ValueError(f"{path}: {error}") from None
 
 
 @lru_cache(maxsize=256)
 def load_game(path: str, task_type: str) -> Game:
-    """The game of a `game.tw-pddl`, in either dialect; the task type stands in the `traj_data.json` beside it."""
+    """The game of a `game.tw-pddl`; the task type stands in the `traj_data.json` beside it.
+
+    There are two dialects, of the releases json_2.1.1 ("put x in/on y") and json_2.1.3 ("move x to
+    y"); the grammar in the file tells which.
+    """
     data = read_json(Path(path))
     grammar, problem = data.get("grammar"), data.get("pddl_problem")
-    task = re.search(r'Your task is to: (.*?)\."', grammar) if isinstance(grammar, str) else None
-    if task is None or not isinstance(problem, str):
-        raise ValueError(f"{path}: no sentence 'Your task is to: ...' in its grammar, or no pddl_problem")
+    task = None
+    if isinstance(grammar, str) and isinstance(problem, str):
+        task = re.search(r'Your task is to: (.*?)\."', grammar)
+    if task is None:
+        lacking = "no sentence 'Your task is to: ...' in its grammar, or no pddl_problem"
+        raise ValueError(f"{path}: {lacking}")
     old = "move {o} to {r}" not in grammar
     return parse_problem(problem, task[1], task_type, old, source=f"{path}: pddl_problem")
 
@@ -449,102 +590,126 @@ def load_game(path: str, task_type: str) -> Game:
 def list_games(folder: str, types: tuple[str, ...]) -> list[tuple[str, str]]:
     """(game file, task type) of all games below a folder, each read once and found sound.
 
-    Like the original it passes over trials without a game file, unsolvable ones, movable receptacles and slicing.
+    Like alfworld/agents/environment/alfred_tw_env.py it passes over trials without a game file,
+    unsolvable ones, movable receptacles and slicing.
     """
     games, skipped = [], "no traj_data.json anywhere"
     for root, _, files in sorted(os.walk(folder)):
         game, trajectory = Path(root, "game.tw-pddl"), Path(root, "traj_data.json")
         inside = os.path.relpath(root, folder)
-        if not {game.name, trajectory.name} & set(files) or "movable" in inside or "Sliced" in inside:
+        is_trial = game.name in files or trajectory.name in files
+        if not is_trial or "movable" in inside or "Sliced" in inside:
             continue
         if trajectory.name not in files:
             raise ValueError(f"{trajectory}: missing, though there is a {game.name}")
         if game.name not in files:
             skipped = f"{game} is missing"
-        elif read_json(game).get("solvable") is not True:
+            continue
+        if read_json(game).get("solvable") is not True:
             skipped = f"{game} is not marked as solvable"
-        elif (task_type := read_json(trajectory).get("task_type")) not in types:
+            continue
+        task_type = read_json(trajectory).get("task_type")
+        if task_type not in types:
             skipped = f"{trajectory} has task type {task_type!r:.60}"
-        else:
-            load_game(str(game), task_type)
-            games.append((str(game), task_type))
+            continue
+        load_game(str(game), task_type)
+        games.append((str(game), task_type))
     if not games:
         raise ValueError(f"{folder}: no game of the wanted tasks: {skipped}")
     return games
 
 
-# ----------------------------------------------------------------------------------- generated games
+# ------------------------------------------------------------------------- generated games
 
-FOOD, CUTLERY = "apple bread egg lettuce potato tomato", "butterknife fork knife ladle spatula spoon"
+FOOD = "apple bread egg lettuce potato tomato"
+CUTLERY = "butterknife fork knife ladle spatula spoon"
 CROCKERY, POTS, BOTTLES = "bowl cup mug plate", "kettle pan pot", "glassbottle winebottle"
-SHAKERS, SMALL, DECOR = "peppershaker saltshaker", "cd cellphone creditcard keychain watch", "statue vase"
-PAPER, WASHED = "book newspaper pen pencil", "apple egg lettuce potato tomato cloth dishsponge soapbar"
-BATH = "candle cloth dishsponge handtowel soapbar soapbottle spraybottle tissuebox toiletpaper"
-DRESSER = f"{CROCKERY} {BOTTLES} {SMALL} {DECOR} {PAPER} alarmclock basketball box candle cloth laptop remotecontrol"
-DRESSER += " spraybottle tennisracket tissuebox toiletpaper wateringcan desklamp"
-# Which receptacle takes which objects: ALFRED's relation, for the objects that occur here, and where lamps stand.
+SHAKERS, SMALL = "peppershaker saltshaker", "cd cellphone creditcard keychain watch"
+DECOR, PAPER = "statue vase", "book newspaper pen pencil"
+WASHED = "apple egg lettuce potato tomato cloth dishsponge soapbar"
+BATH_BUT_CANDLE = "cloth dishsponge handtowel soapbar soapbottle spraybottle tissuebox toiletpaper"
+BATH = f"candle {BATH_BUT_CANDLE}"
+DRESSER = f"""{CROCKERY} {BOTTLES} {SMALL} {DECOR} {PAPER} alarmclock basketball box candle cloth
+    laptop remotecontrol spraybottle tennisracket tissuebox toiletpaper wateringcan desklamp"""
+# Which receptacle takes which objects: ALFRED's relation (alfworld/gen/constants.py), for the
+# objects that occur here, and where lamps stand.
 CONTAINS = table(f"""
-coffeetable countertop diningtable sidetable: {DRESSER} {FOOD} {CUTLERY} {POTS} {SHAKERS} {BATH} baseballbat
-armchair ottoman sofa: basketball book box cellphone cloth creditcard keychain laptop newspaper pillow remotecontrol
-coffeemachine: mug; handtowelholder: handtowel; laundryhamper: cloth; stoveburner: {POTS}; toaster: nothing
-toiletpaperhanger: toiletpaper; towelholder: towel; tvstand: tissuebox
-bathtubbasin: cloth dishsponge handtowel soapbar
-bed: baseballbat basketball book cellphone laptop newspaper pillow tennisracket
-cabinet: {BATH} {CROCKERY} {BOTTLES} {POTS} {SHAKERS} book box cd ladle newspaper plunger vase wateringcan
-cart: {BATH} mug plunger statue vase
-desk: {DRESSER} soapbottle
-drawer: {BATH} {CUTLERY} {SHAKERS} {SMALL} {PAPER} remotecontrol wateringcan
-dresser: {DRESSER}
-fridge: {FOOD} {CROCKERY} {BOTTLES} pan pot
-garbagecan: {FOOD} {BATH.removeprefix("candle")} cd newspaper pen pencil winebottle
-microwave: {CROCKERY} apple bread egg potato tomato glassbottle
-safe: {SMALL} {DECOR}
-shelf: {BATH} {CROCKERY} {BOTTLES} {SHAKERS} {SMALL} {DECOR} {PAPER} alarmclock box desklamp kettle pot remotecontrol\
- wateringcan
-sinkbasin: {CUTLERY} {CROCKERY} {POTS} {WASHED} glassbottle handtowel
-toilet: {BATH} newspaper
+    coffeetable countertop diningtable sidetable: {DRESSER} {FOOD} {CUTLERY} {POTS} {SHAKERS} {BATH}
+        baseballbat;
+    armchair ottoman sofa: basketball book box cellphone cloth creditcard keychain laptop newspaper
+        pillow remotecontrol;
+    coffeemachine: mug; handtowelholder: handtowel; laundryhamper: cloth; stoveburner: {POTS};
+    toaster: nothing; toiletpaperhanger: toiletpaper; towelholder: towel; tvstand: tissuebox;
+    bathtubbasin: cloth dishsponge handtowel soapbar;
+    bed: baseballbat basketball book cellphone laptop newspaper pillow tennisracket;
+    cabinet: {BATH} {CROCKERY} {BOTTLES} {POTS} {SHAKERS} book box cd ladle newspaper plunger vase
+        wateringcan;
+    cart: {BATH} mug plunger statue vase;
+    desk: {DRESSER} soapbottle;
+    drawer: {BATH} {CUTLERY} {SHAKERS} {SMALL} {PAPER} remotecontrol wateringcan;
+    dresser: {DRESSER};
+    fridge: {FOOD} {CROCKERY} {BOTTLES} pan pot;
+    garbagecan: {FOOD} {BATH_BUT_CANDLE} cd newspaper pen pencil winebottle;
+    microwave: {CROCKERY} apple bread egg potato tomato glassbottle;
+    safe: {SMALL} {DECOR};
+    shelf: {BATH} {CROCKERY} {BOTTLES} {SHAKERS} {SMALL} {DECOR} {PAPER} alarmclock box desklamp
+        kettle pot remotecontrol wateringcan;
+    sinkbasin: {CUTLERY} {CROCKERY} {POTS} {WASHED} glassbottle handtowel;
+    toilet: {BATH} newspaper
 """)
 ABILITIES = table(f"""
-heatable: apple bread cup egg mug plate potato tomato
-coolable: {FOOD} {CROCKERY} pan pot winebottle
-cleanable: {CUTLERY} {CROCKERY} {POTS} {WASHED}
-sliceable: {FOOD}
-isreceptacleobject: {CROCKERY} box pan pot
+    heatable: apple bread cup egg mug plate potato tomato;
+    coolable: {FOOD} {CROCKERY} pan pot winebottle;
+    cleanable: {CUTLERY} {CROCKERY} {POTS} {WASHED};
+    sliceable: {FOOD};
+    isreceptacleobject: {CROCKERY} box pan pot
 """)
-# Receptacles with the least and most pieces of each; objects, with ? those not always there.
+# Receptacles with the least and most pieces of each.
 FURNITURE = table("""
-kitchen: cabinet 3-9 coffeemachine 1-1 countertop 1-3 diningtable 0-1 drawer 2-7 fridge 1-1 garbagecan 1-1\
- microwave 1-1 shelf 0-2 sidetable 0-1 sinkbasin 1-1 stoveburner 2-4 toaster 1-1
-livingroom: armchair 1-2 cabinet 0-4 coffeetable 1-2 diningtable 0-1 drawer 1-6 dresser 0-1 garbagecan 1-1\
- ottoman 0-1 safe 0-1 shelf 0-6 sidetable 1-3 sofa 1-2 tvstand 0-1
-bedroom: armchair 0-2 bed 1-1 cabinet 0-2 desk 1-2 drawer 2-8 dresser 0-1 garbagecan 1-1 laundryhamper 0-1\
- safe 0-1 shelf 1-5 sidetable 1-2
-bathroom: bathtubbasin 0-1 cabinet 2-5 cart 0-1 countertop 1-2 drawer 0-5 garbagecan 1-1 handtowelholder 1-2\
- shelf 0-2 sidetable 0-1 sinkbasin 1-2 toilet 1-1 toiletpaperhanger 1-1 towelholder 1-1
+    kitchen: cabinet 3-9 coffeemachine 1-1 countertop 1-3 diningtable 0-1 drawer 2-7 fridge 1-1
+        garbagecan 1-1 microwave 1-1 shelf 0-2 sidetable 0-1 sinkbasin 1-1 stoveburner 2-4
+        toaster 1-1;
+    livingroom: armchair 1-2 cabinet 0-4 coffeetable 1-2 diningtable 0-1 drawer 1-6 dresser 0-1
+        garbagecan 1-1 ottoman 0-1 safe 0-1 shelf 0-6 sidetable 1-3 sofa 1-2 tvstand 0-1;
+    bedroom: armchair 0-2 bed 1-1 cabinet 0-2 desk 1-2 drawer 2-8 dresser 0-1 garbagecan 1-1
+        laundryhamper 0-1 safe 0-1 shelf 1-5 sidetable 1-2;
+    bathroom: bathtubbasin 0-1 cabinet 2-5 cart 0-1 countertop 1-2 drawer 0-5 garbagecan 1-1
+        handtowelholder 1-2 shelf 0-2 sidetable 0-1 sinkbasin 1-2 toilet 1-1 toiletpaperhanger 1-1
+        towelholder 1-1
 """)
+# Objects, with ? those not always there.
 OBJECTS = table(f"""
-kitchen: {FOOD} {CROCKERY} {SHAKERS} butterknife dishsponge fork knife pan pot soapbottle spatula spoon\
- glassbottle? winebottle? statue? vase? kettle? ladle? cellphone? creditcard?
-livingroom: box creditcard keychain laptop newspaper pillow remotecontrol statue\
- book? cellphone? pen? pencil? plate? tissuebox? vase? watch? wateringcan?
-bedroom: alarmclock book cd cellphone creditcard keychain laptop pen pencil pillow\
- baseballbat? basketball? bowl? box? cloth? mug? statue? tennisracket? tissuebox?
-bathroom: candle cloth handtowel plunger soapbar soapbottle spraybottle toiletpaper towel dishsponge? tissuebox?
+    kitchen: {FOOD} {CROCKERY} {SHAKERS} butterknife dishsponge fork knife pan pot soapbottle
+        spatula spoon glassbottle? winebottle? statue? vase? kettle? ladle? cellphone? creditcard?;
+    livingroom: box creditcard keychain laptop newspaper pillow remotecontrol statue book?
+        cellphone? pen? pencil? plate? tissuebox? vase? watch? wateringcan?;
+    bedroom: alarmclock book cd cellphone creditcard keychain laptop pen pencil pillow baseballbat?
+        basketball? bowl? box? cloth? mug? statue? tennisracket? tissuebox?;
+    bathroom: candle cloth handtowel plunger soapbar soapbottle spraybottle toiletpaper towel
+        dishsponge? tissuebox?
 """)
 OPENABLE = {"cabinet", "drawer", "fridge", "microwave", "safe"}
-TABLES = {"coffeetable", "countertop", "diningtable", "sidetable", "desk", "dresser", "bed", "sofa"}  # for most things
-NUM_SCENES, NUM_UNSEEN = 30, 4  # per kind of room; the last ones are never trained in (ALFWorld: 4 scenes in all)
+TABLES = "coffeetable countertop diningtable sidetable desk dresser bed sofa"  # for most things
+NUM_SCENES = 30  # per kind of room
+NUM_UNSEEN = 4  # the last ones are never trained in (ALFWorld: 4 scenes in all)
 
-# Kinds of task: name in game files; rooms; two ways to say it. {o} is the kind of object, {r} of receptacle or lamp.
-TASK_ROWS = """
-pick: pick_and_place_simple; kitchen livingroom bedroom bathroom; put a {o} in {r}; put some {o} on {r}
-look: look_at_obj_in_light; bedroom livingroom; look at {o} under the {r}; examine the {o} with the {r}
-clean: pick_clean_then_place_in_recep; kitchen bathroom; put a clean {o} in {r}; clean some {o} and put it in {r}
-heat: pick_heat_then_place_in_recep; kitchen; put a hot {o} in {r}; heat some {o} and put it in {r}
-cool: pick_cool_then_place_in_recep; kitchen; put a cool {o} in {r}; cool some {o} and put it in {r}
-pick2: pick_two_obj_and_place; kitchen livingroom bedroom bathroom; put two {o} in {r}; find two {o} and put them in {r}
-"""
-TASKS = {name: row.split("; ") for name, _, row in (line.partition(": ") for line in TASK_ROWS.strip().splitlines())}
+# Kinds of task: name in game files; rooms; two ways to say it. {o} is the kind of object, {r} of
+# receptacle or lamp.
+TASK_ROWS = {
+    "pick": "pick_and_place_simple; kitchen livingroom bedroom bathroom; "
+    "put a {o} in {r}; put some {o} on {r}",
+    "look": "look_at_obj_in_light; bedroom livingroom; "
+    "look at {o} under the {r}; examine the {o} with the {r}",
+    "clean": "pick_clean_then_place_in_recep; kitchen bathroom; "
+    "put a clean {o} in {r}; clean some {o} and put it in {r}",
+    "heat": "pick_heat_then_place_in_recep; kitchen; "
+    "put a hot {o} in {r}; heat some {o} and put it in {r}",
+    "cool": "pick_cool_then_place_in_recep; kitchen; "
+    "put a cool {o} in {r}; cool some {o} and put it in {r}",
+    "pick2": "pick_two_obj_and_place; kitchen livingroom bedroom bathroom; "
+    "put two {o} in {r}; find two {o} and put them in {r}",
+}
+TASKS = {name: row.split("; ") for name, row in TASK_ROWS.items()}
 PLACED = """(exists (?r - receptacle ?o - object)
     (and (objectType ?o {o}Type) (receptacleType ?r {r}Type) (inReceptacle ?o ?r) {treated}))"""
 BOTH_PLACED = """(exists (?r - receptacle ?o - object ?p - object)
@@ -569,20 +734,36 @@ class Furniture(NamedTuple):
 
 def make_scene(room: str, number: int) -> list[Furniture]:
     """The furniture of one scene, the same in every game played there."""
-    rng, scene = random.Random(derive_seed("scene", room, number)), []
+    rng = random.Random(derive_seed("scene", room, number))
+    scene = []
     words = FURNITURE[room]
     for kind, numbers in zip(words[::2], words[1::2], strict=True):
-        for i in range(rng.randint(*map(int, numbers.split("-")))):
-            shares = (i and rng.random() < 0.2) or (kind == "countertop" and room == "kitchen" and i == 0)
-            place = scene[-1].place if shares else f"loc_bar_{len(scene):02}"
-            is_openable = kind in OPENABLE and (kind not in ("cabinet", "drawer") or rng.random() < 0.9)
-            raw = f"{kind.removesuffix('basin')}_bar_{i:02}" + "_bar_basin" * kind.endswith("basin")
+        least, most = numbers.split("-")
+        for i in range(rng.randint(int(least), int(most))):
+            # Some stand where another does: drawers in a row, a coffee machine on a countertop.
+            is_shared = i > 0 and rng.random() < 0.2
+            if kind == "countertop" and room == "kitchen" and i == 0:
+                is_shared = True
+            place = scene[-1].place if is_shared else f"loc_bar_{len(scene):02}"
+            is_openable = kind in OPENABLE
+            if kind in ("cabinet", "drawer"):
+                is_openable = rng.random() < 0.9
+            raw = f"{kind}_bar_{i:02}"
+            if kind.endswith("basin"):  # as in genuine files: sink_bar_.._bar_sinkbasin
+                raw = f"{kind.removesuffix('basin')}_bar_{i:02}_bar_basin"
             scene.append(Furniture(raw, kind, place, is_openable))
     return scene
 
 
+def homes(thing: str, scene: list[Furniture], but: str | None = None) -> list[Furniture]:
+    """The furniture that takes a kind of thing, except of one kind."""
+    return [f for f in scene if f.kind != but and thing in CONTAINS[f.kind]]
+
+
 @lru_cache(maxsize=256)
-def make_game(seed: int, tasks: Sequence[str], receptacles: int | None, objects: int | None, scenes: range) -> Game:
+def make_game(
+    seed: int, tasks: Sequence[str], receptacles: int | None, objects: int | None, scenes: range
+) -> Game:
     """The game of `seed`, in one of these scenes, with at most so many receptacles and objects.
 
     Nothing of the wanted kind lies in a receptacle of the kind it shall be put in.
@@ -592,108 +773,160 @@ def make_game(seed: int, tasks: Sequence[str], receptacles: int | None, objects:
     task_type, rooms, *sentences = TASKS[name]
     room = rng.choice(rooms.split())
     scene = make_scene(room, rng.choice(scenes))
-    ability, after, tool = TREATMENTS.get(name, (None,) * 3)
-    usual, rare = ([o.rstrip("?") for o in OBJECTS[room] if o.endswith("?") == is_rare] for is_rare in (False, True))
+    usual = [o for o in OBJECTS[room] if not o.endswith("?")]
+    rare = [o.rstrip("?") for o in OBJECTS[room] if o.endswith("?")]
 
-    def homes(o: str, scene: list[Furniture], but: str | None = None) -> list[Furniture]:
-        return [f for f in scene if f.kind != but and o in CONTAINS[f.kind]]
-
+    # What to do: an object o, a receptacle or lamp r.
+    ability, after, tool = TREATMENTS.get(name, (None, None, None))
     able = [o for o in usual + rare if ability is None or o in ABILITIES[ability]]
     targets = ["desklamp"] if name == "look" else sorted({f.kind for f in scene} - {tool})
-    o, r = rng.choice([(o, r) for o in able for r in targets if o in CONTAINS.get(r, able) and homes(o, scene, r)])
+    pairs = []
+    for o in able:
+        for r in targets:
+            is_taken = r == "desklamp" or o in CONTAINS[r]
+            if is_taken and homes(o, scene, but=r):
+                pairs.append((o, r))
+    o, r = rng.choice(pairs)
 
-    # What the task needs is kept whatever the limits are.
-    needed = {rng.choice(homes(o, scene, r)), rng.choice([f for f in scene if f.kind == r] or homes(r, scene))}
+    # Which furniture: what the task needs is kept whatever the limits are.
+    needed = {rng.choice(homes(o, scene, but=r))}
+    needed.add(rng.choice([f for f in scene if f.kind == r] or homes(r, scene)))
     needed.update([f for f in scene if f.kind == tool][:1])
     others = [f for f in scene if f not in needed]
-    count = len(others) if receptacles is None else min(len(others), max(receptacles - len(needed), 0))
+    count = len(others)
+    if receptacles is not None:
+        count = min(count, max(receptacles - len(needed), 0))
     keep = needed.union(rng.sample(others, count))
     scene = [f for f in scene if f in keep]
-    things = [thing for thing in usual for _ in range(rng.randint(1, 3)) if thing != o]
+
+    # Which things, those of the task first.
+    things = []
+    for thing in usual:
+        copies = rng.randint(1, 3)
+        if thing != o:
+            things += [thing] * copies
     things += [thing for thing in rare if thing != o and rng.random() < 0.4]
     rng.shuffle(things)
-    things = [o] * (rng.randint(1, 2) + (name == "pick2")) + ["desklamp"] * (name == "look") + things
-    things = things[:objects]
+    copies = rng.randint(1, 2)
+    if name == "pick2":
+        copies += 1
+    lamp = ["desklamp"] if name == "look" else []
+    things = [*[o] * copies, *lamp, *things][:objects]
 
+    # The same as a problem: what there is, and what is to be done.
     types = {"agent1": "agent", "loc_bar_99": "location"}
     facts: list[Atom] = [("atlocation", "agent1", "loc_bar_99")]
     for f in scene:
-        types |= {f.id: "receptacle", f.place: "location", f"{f.kind}type": "rtype"}
-        facts += [("receptacletype", f.id, f"{f.kind}type"), ("receptacleatlocation", f.id, f.place)]
-        facts += [("openable", f.id)] * f.is_openable
-        facts += [("cancontain", f"{f.kind}type", f"{thing}type") for thing in CONTAINS[f.kind] if thing in things]
+        kind = f"{f.kind}type"
+        types |= {f.id: "receptacle", f.place: "location", kind: "rtype"}
+        facts += [("receptacletype", f.id, kind), ("receptacleatlocation", f.id, f.place)]
+        if f.is_openable:
+            facts.append(("openable", f.id))
+        takes = [thing for thing in CONTAINS[f.kind] if thing in things]
+        facts += [("cancontain", kind, f"{thing}type") for thing in takes]
     for i, thing in enumerate(things):
-        if options := homes(thing, scene, r if thing == o else None):
-            f = rng.choices(options, [5 if f.kind in TABLES else 1 for f in options])[0]
-            raw = f"{thing}_bar_{i:02}"
-            types |= {raw: "object", f"{thing}type": "otype"}
-            facts += [("objecttype", raw, f"{thing}type"), ("inreceptacle", raw, f.id)]
-            facts += [("objectatlocation", raw, f.place), ("toggleable" if thing == "desklamp" else "pickupable", raw)]
-            facts += [(ability, raw) for ability, kinds in ABILITIES.items() if thing in kinds]
+        options = homes(thing, scene, but=r if thing == o else None)
+        if not options:
+            continue
+        f = rng.choices(options, [5 if f.kind in TABLES.split() else 1 for f in options])[0]
+        raw = f"{thing}_bar_{i:02}"
+        types |= {raw: "object", f"{thing}type": "otype"}
+        facts += [("objecttype", raw, f"{thing}type"), ("inreceptacle", raw, f.id)]
+        facts.append(("objectatlocation", raw, f.place))
+        facts.append(("toggleable" if thing == "desklamp" else "pickupable", raw))
+        facts += [(able_to, raw) for able_to, kinds in ABILITIES.items() if thing in kinds]
     treated = f"({ability} ?o) ({after} ?o)" if ability else ""
-    goal = GOALS.get(name, PLACED).format(o=o, r=r, treated=treated)
-    return Game(types, facts, read_form(goal)[0], rng.choice(sentences).format(o=o, r=r), task_type)
+    goal = read_form(GOALS.get(name, PLACED).format(o=o, r=r, treated=treated))[0]
+    task = rng.choice(sentences).format(o=o, r=r)
+    return Game(types, facts, goal, task, task_type)
 
 
-# ------------------------------------------------------------------------------------------- planning
+# -------------------------------------------------------------------------------- planning
+
+MAX_PLAN = 100  # actions; more than any task takes
 
 
 def errands(state: State, way: frozenset[Atom]) -> Iterator[list[Atom]]:
-    """What brings one nearer to a way to win: fetch an object, treat it, put it away, use a lamp, go to a place."""
+    """What brings one nearer to a way to win.
+
+    To fetch an object, to treat it, to put it away, to use a lamp, to go to a place.
+    """
     game, held, missing = state.game, state.held, sorted(way - state.facts)
 
     def reach(r: str, inside: bool = True) -> list[Atom]:
-        must_open = inside and not state.is_accessible(r)
-        return [("go", r)] * (game.place[r] != state.place) + [("open", r)] * must_open
+        steps = []
+        if game.place[r] != state.place:
+            steps.append(("go", r))
+        if inside and not state.is_accessible(r):
+            steps.append(("open", r))
+        return steps
 
     if held is None:
         for o in sorted({name for fact in missing for name in fact[1:]} & game.portable):
-            yield from ([*reach(r), ("take", o, r)] for r in game.receptacles if o in state.contents[r])
+            for r in game.receptacles:
+                if o in state.contents[r]:
+                    yield [*reach(r), ("take", o, r)]
     else:
-        todo = [(v, tool) for v, (_, after, tool) in TREATMENTS.items() if (after, held) in missing]
-        for verb, tool in todo:
-            tools = [r for r in game.receptacles if game.kind.get(r) == tool]
-            yield from ([*reach(r, inside=False), (verb, held, r)] for r in tools)
+        is_treated = True
+        for verb, (_, after, tool) in TREATMENTS.items():
+            if (after, held) in missing:
+                is_treated = False
+                for r in game.receptacles:
+                    if game.kind.get(r) == tool:
+                        yield [*reach(r, inside=False), (verb, held, r)]
         is_needed = any(held in fact for fact in way)
         for r in sorted(game.fits.get(held, ())):
-            if not todo and (not is_needed or ("inreceptacle", held, r) in missing):
+            # What is not needed only has to leave the hands.
+            if is_treated and (not is_needed or ("inreceptacle", held, r) in missing):
                 yield [*reach(r), ("move", held, r)]
     for fact in missing:
         if fact[0] == "istoggled" and ("toggleable", fact[1]) in game.static:
-            stands = [r for r in game.receptacles if fact[1] in state.contents[r]]
-            yield from ([*reach(r, inside=False), ("use", fact[1])] for r in stands)
+            for r in game.receptacles:
+                if fact[1] in state.contents[r]:
+                    yield [*reach(r, inside=False), ("use", fact[1])]
         elif fact[0] == "atlocation":
             yield from ([("go", r)] for r in game.at.get(fact[2], [])[:1])
 
 
-def find_plan(state: State, way: frozenset[Atom], limit: int = 100) -> list[Atom] | None:
+def find_plan(state: State, way: frozenset[Atom], limit: int = MAX_PLAN) -> list[Atom] | None:
     """The fewest actions after which the facts of `way` hold; None if there are none below `limit`.
 
-    Hands hold one object and every place is one `go to` away, so some shortest plan is a sequence of errands.
+    Hands hold one object and every place is one `go to` away, so some shortest plan is a sequence
+    of errands.
     """
-    queue, count = [(0, 0, state, [])], 0
+    count = 0  # of plans seen; between plans of one length, the first goes first
+    queue = [(0, count, state, [])]
     while queue:
         _, _, state, plan = heappop(queue)
         if way <= state.facts:
             return plan
         for errand in errands(state, way):
-            if len(plan) + len(errand) < limit:
-                after, count = state.copy(), count + 1
+            longer = plan + errand
+            if len(longer) < limit:
+                after = state.copy()
                 for action in errand:
                     after.apply(action)
-                heappush(queue, (len(plan) + len(errand), count, after, plan + errand))
+                count += 1
+                heappush(queue, (len(longer), count, after, longer))
     return None
 
 
-# ------------------------------------------------------------------------------------ LaMer's episode
+# ------------------------------------------------------------------------ LaMer's episode
 
 
 class AlfWorld(Env):
-    """ALFWorld as LaMer plays it: 10 points at the winning turn, `turns` turns, admissible commands in the prompt.
+    """ALFWorld as LaMer plays it: 10 points at the winning turn, admissible commands in the prompt.
 
-    Without `data` games are made; `receptacles` and `objects` then limit a room's size, for small models. `data` is a
-    folder of genuine games; its `train` and `valid_*` folders are used if there are such, else every eighth game is for
-    validation. Seeds from 2^31 on are validation tasks, in rooms "seen" or "unseen" in training.
+    Genuine games come in folders `train`, `valid_seen` and `valid_unseen`; where there are none,
+    every eighth game is for validation. Seeds from EVAL_SEED on are validation tasks.
+
+    Options:
+        data: folder of genuine games; default: generated games
+        tasks: kinds of task, a comma-separated choice of pick, look, clean, heat, cool, pick2
+        turns: turns per episode, of one action and one model call each
+        receptacles: most receptacles in a generated room; default: no limit
+        objects: most objects in a generated room; default: no limit
+        validation: evaluate in rooms "seen" or "unseen" in training
     """
 
     name = "alfworld"
@@ -711,35 +944,47 @@ class AlfWorld(Env):
         validation: str = "unseen",
     ):
         self.tasks = tuple(task.strip() for task in tasks.split(","))
-        if unknown := [task for task in self.tasks if task not in TASKS]:
-            raise ValueError(f"--tasks is a list like {','.join(TASKS)}; there is no {unknown[0]!r}")
-        for name, value, least in (("turns", turns, 1), ("receptacles", receptacles, 3), ("objects", objects, 3)):
+        for task in self.tasks:
+            if task not in TASKS:
+                known = ",".join(TASKS)
+                raise ValueError(f"--tasks is a list like {known}; there is no {task!r}")
+        limits = [("turns", turns, 1), ("receptacles", receptacles, 3), ("objects", objects, 3)]
+        for name, value, least in limits:
             if value is not None and value < least:
                 raise ValueError(f"alfworld needs --{name} of at least {least}, got {value}")
         if data is not None and (receptacles or objects):
-            raise ValueError("--receptacles and --objects are for generated games; leave them out, or --data")
+            problem = "are for generated games; leave them out, or --data"
+            raise ValueError(f"--receptacles and --objects {problem}")
         if validation not in ("seen", "unseen"):
             raise ValueError(f"--validation is seen or unseen, got {validation!r}")
-        self.turn_limit, self.size, self.games = turns, (receptacles, objects), None
-        first = NUM_SCENES - NUM_UNSEEN
-        self.scenes = range(first), range(first, NUM_SCENES) if validation == "unseen" else range(first)
+        self.turn_limit, self.size = turns, (receptacles, objects)
+        # Scenes and genuine games, each those to train on and those to evaluate on.
+        seen, unseen = range(NUM_SCENES - NUM_UNSEEN), range(NUM_SCENES - NUM_UNSEEN, NUM_SCENES)
+        self.scenes = (seen, unseen if validation == "unseen" else seen)
+        self.games: list[list[tuple[str, str]]] | None = None
         if data is not None:
-            if not Path(data).is_dir():
-                raise ValueError(f"--data {data}: there is no such folder")
-            types = tuple(TASKS[task][0] for task in self.tasks)
-            folders = [Path(data, "train"), Path(data, f"valid_{validation}")]
-            if folders[0].is_dir():
-                self.games = [list_games(str(folder), types) for folder in folders]
-            else:
-                games = list_games(data, types)
-                self.games = [[g for i, g in enumerate(games) if i % 8] or games, games[::8]]
+            self.games = self.split_games(data, validation)
+
+    def split_games(self, data: str, validation: str) -> list[list[tuple[str, str]]]:
+        """The genuine games to train on, and those to evaluate on."""
+        if not Path(data).is_dir():
+            raise ValueError(f"--data {data}: there is no such folder")
+        types = tuple(TASKS[task][0] for task in self.tasks)
+        folders = [Path(data, "train"), Path(data, f"valid_{validation}")]
+        if folders[0].is_dir():
+            return [list_games(str(folder), types) for folder in folders]
+        games = list_games(data, types)
+        training = [game for i, game in enumerate(games) if i % 8 != 0]
+        return [training or games, games[::8]]
 
     def reset(self, seed: int) -> tuple[str, dict[str, Any]]:
-        split = seed >= 2**31
+        split = 1 if seed >= EVAL_SEED else 0
         if self.games is None:
-            self.start(make_game(seed, self.tasks, *self.size, self.scenes[split]))
+            game = make_game(seed, self.tasks, *self.size, self.scenes[split])
         else:
-            self.start(load_game(*self.games[split][seed % len(self.games[split])]))
+            games = self.games[split]
+            game = load_game(*games[seed % len(games)])
+        self.start(game)
         return self.observation, self.info()
 
     def start(self, game: Game) -> None:
@@ -764,22 +1009,25 @@ class AlfWorld(Env):
         if meant is not None:
             self.observation = self.state.apply(meant)
             self.options = self.state.commands()
-            for r in self.state.contents.keys() & set(meant[1:]):
-                if self.state.is_accessible(r):
+            for r in meant[1:]:
+                if r in self.state.contents and self.state.is_accessible(r):
                     self.looked.add(r)
                     self.seen = dict.fromkeys(self.state.contents[r], r) | self.seen
         info = self.info()
-        self.done = info["won"] or self.turns >= self.turn_limit
-        return self.observation, 10.0 * info["won"], info["won"], self.done and not info["won"], info
+        won = info["won"]
+        self.done = won or self.turns >= self.turn_limit
+        return self.observation, WIN_REWARD if won else 0.0, won, self.done and not won, info
 
     def rules(self, style: str = "full") -> str:
         if style == "compact":
             return ""
         return (
-            "You are a skilled helper in a household that you experience as text. Your task is to put something "
-            "somewhere, perhaps cleaned, heated or cooled first, or to hold it in the light of a lamp. Go to places to "
-            "see what is there, open what is closed, and carry one object at a time.\n"
-            f"You have {self.turn_limit} turns of one action. Rooms and objects are the same in every episode."
+            "You are a skilled helper in a household that you experience as text. Your task is to "
+            "put something somewhere, perhaps cleaned, heated or cooled first, or to hold it in "
+            "the light of a lamp. Go to places to see what is there, open what is closed, and "
+            "carry one object at a time.\n"
+            f"You have {self.turn_limit} turns of one action. Rooms and objects are the same in "
+            "every episode."
         )
 
     def parse(self, reply: str) -> tuple[str, bool]:
@@ -787,7 +1035,7 @@ class AlfWorld(Env):
         start, end = text.find("<action>"), text.find("</action>")
         if start < 0 or end < 0:
             return text[-30:], False  # what the original then sends as the command
-        return text[start + 8 : end].strip(), True
+        return text[start + len("<action>") : end].strip(), True
 
     def actions(self) -> list[str]:
         return sorted(command for command in self.options if command != "help")
@@ -806,30 +1054,49 @@ class AlfWorld(Env):
 
     def expert(self) -> Atom:
         """The first action of a shortest way to win."""
-        for way in [] if self.plan else self.state.game.goal:
-            self.plan = find_plan(self.state, way, len(self.plan) or 100) or self.plan
+        if not self.plan:
+            for way in self.state.game.goal:
+                shortest = len(self.plan) or MAX_PLAN
+                self.plan = find_plan(self.state, way, limit=shortest) or self.plan
         return self.plan[0] if self.plan else ("look",)
 
     def novice(self, rng: random.Random, memory: Sequence[str]) -> Atom:
-        """Knows what to do with things, not where they are: looks where its notes say, else anywhere not yet seen."""
+        """Knows what to do with things, not where they are.
+
+        It looks where its notes say, else anywhere not yet seen.
+        """
         state, game = self.state, self.state.game
         if rng.random() < 0.1:
             return rng.choice([self.options[command] for command in self.actions()])
+
+        # Of the ways to win, that of which most is known, then the shortest.
         plans = []
         for n, way in enumerate(game.goal):
-            unknown = {o for o in self.wanted([way]) if o not in self.seen and o != state.held}
-            if unknown:  # as far as one can go with what has been seen: a lamp waits until the object is in hand
+            needed = self.wanted([way])
+            unknown = {o for o in needed if o not in self.seen and o != state.held}
+            if unknown:
+                # As far as one can go with what was seen: a lamp waits until the object is in hand.
                 way = frozenset(fact for fact in way if game.portable.intersection(fact) - unknown)
             plan = find_plan(state, way)
-            plans += [(len(unknown), len(plan), n, plan)] if plan is not None else []
-        if plans and min(plans)[3]:
-            return min(plans)[3][0]
+            if plan is not None:
+                plans.append((len(unknown), len(plan), n, plan))
+        if plans:
+            best_plan = min(plans)[-1]
+            if best_plan:
+                return best_plan[0]
+
+        # Something must be found first: look where the notes say, "mug 1 in drawer 2", mostly ...
         unlooked = [r for r in game.receptacles if r not in self.looked]
         wanted = {game.names[o] for o in self.wanted(game.goal) if o not in self.seen}
         notes = re.findall(r"(\w+ \d+) in (\w+ \d+)", " ".join(memory))
-        told = [r for r in unlooked if any(o in wanted and game.names[r] == name for o, name in notes)]
+        places = {place for o, place in notes if o in wanted}
+        told = [r for r in unlooked if game.names[r] in places]
         if not told or rng.random() < 0.2:
-            empty = {name for note in memory if note.startswith("no ") for name in re.findall(r"\w+ \d+", note)}
+            # ... else anywhere but where they say that there is none, "no mug in drawer 1".
+            empty = set()
+            for note in memory:
+                if note.startswith("no "):
+                    empty.update(re.findall(r"\w+ \d+", note))
             told = [r for r in unlooked if game.names[r] not in empty] or unlooked
         here = [r for r in told if r in state.here]
         if here:
@@ -838,12 +1105,15 @@ class AlfWorld(Env):
 
     def wanted(self, ways: Iterable[frozenset[Atom]]) -> list[str]:
         """The objects these ways to win need, lamps included."""
-        return sorted({name for way in ways for fact in way for name in fact[1:]} & self.state.game.fits.keys())
+        names = {name for way in ways for fact in way for name in fact[1:]}
+        return sorted(names & self.state.game.fits.keys())
 
     def scripted_reflection(self, rng: random.Random) -> str:
+        """Where wanted objects were seen, or where none is."""
         names, wanted = self.state.game.names, self.wanted(self.state.game.goal)
         found = [f"{names[o]} in {names[r]}" for o, r in self.seen.items() if o in wanted]
         if found or not wanted or not self.looked:
             return f"<remark>{', '.join(found)}</remark>"
         kind = self.state.game.kind[wanted[0]]
-        return f"<remark>no {kind} in {', '.join(names[r] for r in sorted(self.looked))}</remark>"
+        places = ", ".join(names[r] for r in sorted(self.looked))
+        return f"<remark>no {kind} in {places}</remark>"

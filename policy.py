@@ -1,0 +1,337 @@
+"""The model behind the policy: loading one, the tiny one made on the spot, and its warm start.
+
+`load_policy` takes a folder or a name of the hub. Without a GPU the policy is `tiny`: a
+Qwen3-shaped model of under a million weights whose tokenizer is made from the environment's own
+texts. `warm_policy` teaches it the format, and copying from memory, by imitation of a scripted
+player, and saves it as an ordinary checkpoint folder. From there on it is a model like any other.
+"""
+
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tqdm import tqdm
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from envs import Env, derive_seed, make_env
+from lamer import Reply, Trial, Turn, micro_batches, pad, parse_reflection, run_trial
+from sampler import Chat
+
+# ------------------------------------------------------------------- folders with a policy
+
+
+def load_policy(name: str, dtype: torch.dtype, device: str) -> tuple[Any, Chat]:
+    """A causal language model and its chat format, from a folder or the hub.
+
+    ValueError in one line if it cannot be.
+    """
+    looks_local = Path(name).exists() or name.startswith((".", "/", "~"))
+    if looks_local and not Path(name, "config.json").is_file():
+        raise ValueError(
+            f"--model {name}: no config.json there; give a run folder, a checkpoint folder or a "
+            "hub name"
+        )
+    try:
+        shape = AutoConfig.from_pretrained(name)
+        # Dropout would make the policy that is trained another than the one that is sampled.
+        for key, value in vars(shape).items():
+            if isinstance(value, float) and ("dropout" in key or key.endswith("pdrop")):
+                setattr(shape, key, 0.0)
+        model = AutoModelForCausalLM.from_pretrained(name, config=shape, dtype=dtype)
+        model = model.to(device).eval()
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        check_logits(model)
+    except Exception as error:  # transformers, safetensors and the hub have exceptions of their own
+        raise ValueError(f"--model {name} cannot be loaded: {reason(error)}") from error
+    stop_ids = model.generation_config.eos_token_id
+    return model, Chat(tokenizer, stop_ids if isinstance(stop_ids, list) else [stop_ids])
+
+
+def reason(error: Exception) -> str:
+    """An exception in one line. A full disk is an OSError, RuntimeError or SafetensorError."""
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
+
+
+@torch.no_grad()
+def check_logits(model: Any) -> None:
+    """Raise where logits are more than the output layer on the decoder's states.
+
+    That is what the policy and the sampler compute.
+    """
+    tokens = torch.tensor([[1, 2, 3]], device=model.device)
+    hidden = model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
+    ours = model.get_output_embeddings()(hidden)
+    if not torch.allclose(ours, model(tokens, use_cache=False).logits, atol=1e-3, rtol=1e-2):
+        raise ValueError(
+            "its logits are scaled or capped behind the output layer, which is not supported"
+        )
+
+
+def save_policy(folder: Path, model: Any, tokenizer: Any, config: Any, step: int) -> None:
+    """An ordinary from_pretrained folder, and lamer.json: the options and the steps done."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    saved = {"step": step, "config": asdict(config)}
+    (folder / "lamer.json").write_text(json.dumps(saved, indent=1))
+
+
+def saved_config(folder: str | None) -> dict[str, Any]:
+    """The options saved beside a checkpoint; empty for a hub name or a foreign folder."""
+    path = Path(folder or "", "lamer.json")
+    return json.loads(path.read_text())["config"] if path.is_file() else {}
+
+
+def checkpoints(run: str | Path) -> dict[int, Path]:
+    """The complete checkpoints of a run folder by step; unfinished ones carry another name."""
+    names = {p.name: p for p in Path(run).glob("step_*") if re.fullmatch(r"step_\d+", p.name)}
+    return {int(name[5:]): path for name, path in names.items()}
+
+
+def newest_checkpoint(model: str) -> str:
+    """The newest checkpoint of a run folder; any other model's name as it is."""
+    found = checkpoints(model)
+    return str(found[max(found)]) if found else model
+
+
+# ----------------------------------------------------------------------- the tiny policy
+
+# Pieces of text that become one token each: tags, (row, col), row labels, words, single signs.
+PIECES = re.compile(
+    r"</?\w+>|\(\d+, \d+\)|\n?(?:[A-Z]\w* )?\d+:|\n\w+(?![\w,])| ?\w+,?| ?[^\w\s]|\s"
+)
+
+
+def make_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer whose tokens are the pieces of these texts, and bytes for everything else."""
+    pieces = sorted({piece for text in texts for piece in PIECES.findall(text)})
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {byte: i for i, byte in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in pieces])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|end|>",
+        additional_special_tokens=["<|user|>", "<|assistant|>"],
+        is_tiny=True,
+    )
+    tokenizer.chat_template = "<|user|>{{ messages[0]['content'] }}<|assistant|>"
+    return tokenizer
+
+
+def tiny_shape(config: Any, vocab_size: int, eos_token_id: int) -> Qwen3Config:
+    """A Qwen3 of under a million weights, for texts of a hundred tokens."""
+    return Qwen3Config(
+        vocab_size=vocab_size,
+        hidden_size=config.tiny_hidden,
+        intermediate_size=2 * config.tiny_hidden,
+        num_hidden_layers=config.tiny_layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=config.tiny_hidden // 4,
+        # wavelengths of 6 to some thousand tokens
+        rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
+        attention_bias=True,  # lets a head look a fixed distance back, whatever stands there
+        initializer_range=0.05,
+        tie_word_embeddings=True,
+        eos_token_id=eos_token_id,
+        bos_token_id=None,
+    )
+
+
+# ------------------------------------------------------------------------ the warm start
+
+
+class Recorder:
+    """Stands in for a Chat and keeps the texts: what the tiny vocabulary is made from."""
+
+    stop_ids = frozenset({0})
+
+    def __init__(self):
+        self.texts: list[str] = []
+
+    def encode(self, text: str) -> list[int]:
+        self.texts.append(text)
+        return [0]
+
+    encode_plain = encode
+
+
+def scripted_trial(
+    env: Env,
+    seed: int,
+    episodes: int,
+    chat: Chat | Recorder,
+    skill: float,
+    rng: random.Random,
+    **options: Any,
+) -> Trial:
+    """A trial played by the environment's scripted player; options as for lamer.run_trial."""
+    trial = run_trial(env, seed, episodes, chat, **options)
+    notes: list[str] = []
+    try:
+        prompt = next(trial)
+        while True:
+            if prompt.phase == "play":
+                text = env.scripted(skill, rng, notes)
+            else:
+                text = env.scripted_reflection(rng)
+                notes.append(parse_reflection(text)[0])
+            ids = chat.encode_plain(text) + [min(chat.stop_ids)]
+            prompt = trial.send(Reply(ids, [0.0] * len(ids), text))
+    except StopIteration as stop:
+        return stop.value
+
+
+WARM_VERSION = 1  # raise it when the same options would make another policy
+
+
+def warm_policy(config: Any) -> Path:
+    """The folder of the warm-started tiny policy of these options; made once, then kept.
+
+    The scripted player plays first episodes badly, writes down what was seen, and often follows
+    what is written. So RL starts from a policy that knows the format and can copy from memory;
+    when to explore, and how far to trust memory, is left to RL.
+    """
+    env = make_env(config.env, **config.env_options)
+    if not env.has_scripted_player():
+        raise ValueError(
+            f"{env.name} has no scripted player, which the tiny policy learns from; give another "
+            "--model"
+        )
+    # An RL baseline, of single episodes, starts from the same policy.
+    episodes = max(config.episodes, config.warm_episodes)
+    play = dict(episodes=episodes, style="compact", max_prompt=config.max_prompt)
+    recorder, rng = Recorder(), random.Random(config.seed)
+    for seed in range(64):
+        scripted_trial(env, seed, chat=recorder, skill=env.warm_skill, rng=rng, **play)
+
+    names = ("seed", "microbatch_tokens", "tiny_hidden", "tiny_layers")
+    names += ("warm_steps", "warm_batch", "warm_lr")
+    options = {name: getattr(config, name) for name in names}
+    # The texts stand for the environment's rules, which a user may be editing.
+    key = json.dumps([WARM_VERSION, options, play, config.env_options, recorder.texts])
+    key = hashlib.sha256(key.encode()).hexdigest()[:12]
+    cache = Path(os.environ.get("LAMER_CACHE", "~/.cache/lamer")).expanduser()
+    folder = cache / f"tiny-{env.name}-{key}"
+    if folder.is_dir():
+        return folder
+
+    tokenizer = make_tokenizer(recorder.texts)
+    torch.manual_seed(config.seed)
+    model = Qwen3ForCausalLM(tiny_shape(config, len(tokenizer), tokenizer.eos_token_id))
+    optimizers = make_optimizers(model, config.warm_lr)
+    schedule = partial(warm_up_and_down, steps=config.warm_steps)
+    schedulers = [torch.optim.lr_scheduler.LambdaLR(each, schedule) for each in optimizers]
+    batches = scripted_batches(env, Chat(tokenizer), config, rng, play)
+    bar = tqdm(
+        range(config.warm_steps),
+        desc=f"warm start on {env.name}",
+        mininterval=1,
+        file=sys.stderr,
+    )
+    for _ in bar:
+        loss = imitate(model, next(batches), config.microbatch_tokens)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
+            optimizer.step()
+            scheduler.step()
+        model.zero_grad()
+        bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+
+    config = replace(config, episodes=episodes, memory="reflection", style="compact", out="")
+    draft = folder.with_name(f"{folder.name}.{os.getpid()}.unfinished")
+    try:
+        save_policy(draft, model, tokenizer, config, 0)
+        if not folder.exists():  # another process may have made the same one meanwhile
+            draft.rename(folder)
+    except Exception as error:
+        raise OSError(f"cannot save {folder}: {reason(error)}") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return folder
+
+
+def make_optimizers(model: Any, lr: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the layers, which learn to copy in two thirds of AdamW's steps."""
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
+    return [
+        torch.optim.Muon(matrices, lr=10 * lr, weight_decay=0.0),
+        torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.01),
+    ]
+
+
+def warm_up_and_down(step: int, steps: int) -> float:
+    """Learning-rate factor: up over 50 steps, then linearly down to a fiftieth."""
+    return min(1.0, (step + 1) / 50) * max(0.02, 1 - step / steps)
+
+
+def scripted_batches(
+    env: Env, chat: Chat, config: Any, rng: random.Random, play: dict[str, Any]
+) -> Iterator[list[Turn]]:
+    """Endless batches of turns of the scripted player.
+
+    Of the turns after an episode's first, where memory matters less, the environment's warm_share
+    is kept.
+    """
+    pool, num_trials = [], 0
+    while True:
+        while len(pool) < 4 * config.warm_batch:  # several trials, so that a batch mixes them
+            num_trials += 1
+            seed = derive_seed("warm", config.seed, num_trials) % 2**31
+            trial = scripted_trial(env, seed, chat=chat, skill=env.warm_skill, rng=rng, **play)
+            for before, turn in zip([None, *trial.turns], trial.turns, strict=False):
+                is_first = before is None or before.episode != turn.episode
+                is_kept = is_first or turn.phase == "reflect" or env.warm_share == 1
+                if is_kept or rng.random() < env.warm_share:
+                    pool.append(turn)
+        rng.shuffle(pool)
+        batch, pool = pool[: config.warm_batch], pool[config.warm_batch :]
+        yield batch
+
+
+def imitate(model: Any, turns: Sequence[Turn], microbatch_tokens: int) -> float:
+    """Gradient of the mean loss over reply tokens plus that over prompt tokens; returns their sum.
+
+    Predicting a board from its remembered picture is what teaches a small model to look back.
+    """
+    num_replies = sum(len(turn.reply_ids) for turn in turns)
+    num_prompts = sum(len(turn.prompt_ids) - 1 for turn in turns)
+    total = 0.0
+    for batch in micro_batches(turns, microbatch_tokens):
+        tokens = pad([turn.prompt_ids + turn.reply_ids for turn in batch])  # (B, L)
+        weights = torch.zeros(tokens.shape)  # (B, L)
+        for row, turn in zip(weights, batch, strict=True):
+            start, end = len(turn.prompt_ids), len(turn.prompt_ids) + len(turn.reply_ids)
+            row[1:start] = 1 / num_prompts
+            row[start:end] = 1 / num_replies
+        is_target = weights[:, 1:] > 0  # (B, L-1)
+        hidden = model.model(input_ids=tokens, use_cache=False).last_hidden_state  # (B, L, h)
+        logits = model.lm_head(hidden[:, :-1][is_target])  # (T, V)
+        losses = torch.nn.functional.cross_entropy(
+            logits, tokens[:, 1:][is_target], reduction="none"
+        )
+        loss = (losses * weights[:, 1:][is_target]).sum()
+        loss.backward()
+        total += loss.item()
+    return total
