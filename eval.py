@@ -12,9 +12,9 @@ react for reasoning before every action, reflexion also for a reflection between
 later prompts carry.
 
 Memory "swapped" is the control for the claim that memory is used: an agent that merely gets better
-at playing, or that only profits from more attempts, does not mind; one that reads its reflections
-does. The last row of the table is the environment's scripted player at full skill: the most that
-can be won within the turn limit.
+at playing, or that only profits from more attempts, keeps its success; one that reads its
+reflections does not. The last row of the table is the environment's scripted player at full skill:
+the most that can be won within the turn limit.
 """
 
 import json
@@ -77,7 +77,7 @@ class EvalConfig:
     slots: int = option(0, "trials decoded at once; 0: as many as fit", least=0)
     max_prompt: int = option(2048, "tokens; as in training", least=1)
     max_reply: int = option(1024, "tokens; as in training", least=1)
-    device: str = option("cuda", "cpu or cuda")
+    device: str = option("cuda", "cpu or cuda", choices=("cpu", "cuda"))
     dtype: str = option("bfloat16", "float32 or bfloat16", choices=DTYPES)
     env_options: dict[str, Any] = field(default_factory=dict)
 
@@ -128,9 +128,8 @@ def play_scripted(config: Config, seeds: Sequence[int]) -> list[Trial] | None:
 
 def result(config: Config, trials: Sequence[Trial]) -> dict[str, Any]:
     """What the trials show, as plain numbers."""
-    env = make_env(config.env, **config.env_options)
     wins = [sum(trial.success_after(k + 1) for trial in trials) for k in range(config.episodes)]
-    first_actions = Counter(str(env.parse(trial.turns[0].reply)[0]) for trial in trials)
+    first_actions = Counter(trial.turns[0].action for trial in trials)
     row = {
         **summarize(trials, config),
         "ci95": [wilson(won, len(trials)) for won in wins],
@@ -179,11 +178,11 @@ def prepare(argv: Sequence[str]) -> tuple[dict[str, Any], Config, str]:
     if not saved and "env" not in given:
         raise ValueError(f"--model {given['model']} was not trained here, so it needs an --env")
 
-    names = {each.name for each in fields(Config)} - {"temperature", "env_options", "num_tasks"}
+    # Not --seed: here it is that of the sampling, there that of the run.
+    names = {each.name for each in fields(Config)} - {"temperature", "seed", "env_options"}
     changes = {name: value for name, value in given.items() if name in names}
     changes["model"] = source
-    is_swapped = given.get("memory") == "swapped"
-    if is_swapped:
+    if given.get("memory") == "swapped":
         changes["memory"] = saved.get("memory", "reflection")
         if changes["memory"] == "none":
             raise ValueError("--memory swapped: this policy was trained without memory to swap")
@@ -195,13 +194,13 @@ def prepare(argv: Sequence[str]) -> tuple[dict[str, Any], Config, str]:
     if not saved:
         config = make_config(**changes, env_options=env_options)
     else:
-        if given.get("env", saved["env"]) == saved["env"]:
-            env_options = saved["env_options"] | env_options
-        else:  # another game: its own lengths, and nothing of this one's options
-            lengths = make_config(env=given["env"], model=source)
+        if given.get("env", saved["env"]) != saved["env"]:  # another game: lengths of its own
+            other = make_config(env=given["env"], model=source, env_options=env_options)
             for name in ("episodes", "max_prompt", "max_reply"):
-                saved[name] = getattr(lengths, name)
-            env_options = lengths.env_options | env_options
+                saved[name] = getattr(other, name)
+            env_options = other.env_options
+        elif "data" not in env_options:  # genuine tasks have no use for the sizes of generated ones
+            env_options = saved["env_options"] | env_options
         saved |= {"device": default_device()}
         config = check_config(Config(**saved | changes | {"env_options": env_options}))
     if "prompting" in given:
@@ -211,7 +210,11 @@ def prepare(argv: Sequence[str]) -> tuple[dict[str, Any], Config, str]:
                 "--memory"
             )
         vars(config).update(PROMPTING[given["prompting"]])
-    return given, config, str(warm_policy(config)) if source == "tiny" else source
+    if source == "tiny":  # the policy that training would start from, however it is evaluated
+        source = str(
+            warm_policy(make_config(env=config.env, model=source, env_options=env_options))
+        )
+    return given, config, source
 
 
 def main(argv: Sequence[str]) -> None:
@@ -220,15 +223,18 @@ def main(argv: Sequence[str]) -> None:
         num_tasks = given.get("num_tasks", EvalConfig.num_tasks)
         model, chat = load_policy(source, getattr(torch, config.dtype), config.device)
         sampler = make_sampler(config, model, chat, count_slots(config, model, num_tasks))
-        how = {name: given[name] for name in ("temperature", "top_p", "top_k") if name in given}
-        sampling = eval_sampling(config, seed=given.get("seed", 0), step=EVAL_PY_DRAWS, **how)
-        seeds = [EVAL_SEED + i for i in range(num_tasks)]
-        trials = rollout(config, sampler, seeds, range(num_tasks), sampling)
-        if given.get("memory") == "swapped":  # once more, with the memory of these
-            borrowed = donors(trials, config.episodes)
-            trials = rollout(config, sampler, seeds, range(num_tasks), sampling, borrowed)
     except ValueError as error:
         sys.exit(f"eval.py: {error}")
+    how = {name: given[name] for name in ("temperature", "top_p", "top_k") if name in given}
+    sampling = eval_sampling(config, seed=given.get("seed", 0), step=EVAL_PY_DRAWS, **how)
+    seeds = [EVAL_SEED + i for i in range(num_tasks)]
+    trials = rollout(config, sampler, seeds, range(num_tasks), sampling)
+    if given.get("memory") == "swapped":  # once more, with the memory of these
+        try:
+            borrowed = donors(trials, config.episodes)
+        except ValueError as error:
+            sys.exit(f"eval.py: {error}")
+        trials = rollout(config, sampler, seeds, range(num_tasks), sampling, borrowed)
 
     memory = given.get("memory", config.memory)
     row = {

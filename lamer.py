@@ -21,12 +21,14 @@ none. Environments are known only by the interface in envs.py. The replies come 
 """
 
 import math
+import os
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain, groupby
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,9 +55,10 @@ class Turn:
     logps: list[float]  # of the reply tokens, as the sampler drew them
     reply: str
     observation: str  # what the environment showed before
-    reward: float  # of the environment; 0 for a reflection
-    is_valid: bool  # the reply could be parsed
     anchor: str  # key of the state the turn was taken in, for GiGPO
+    action: str = ""  # as parsed
+    is_valid: bool = True  # the reply could be parsed
+    reward: float = 0.0  # of the environment; 0 for a reflection
     ret: float = 0.0  # the return G, set by compute_returns
     penalty: float = 0.0  # what an invalid reply cost; `ret` is after it
     value: float = 0.0  # the value head's estimate of the return, set by compute_values (ppo only)
@@ -89,21 +92,23 @@ class Trial:
         """Whether the task was solved within the first `episodes` episodes."""
         return self.won_in is not None and self.won_in < episodes
 
+    def episodes_played(self) -> list[list[Turn]]:
+        """The play turns, one list per episode."""
+        played = [turn for turn in self.turns if turn.phase == "play"]
+        return [*sets_by(lambda turn: turn.episode, played)]
+
     def rewards(self, kind: str = "env") -> list[list[float]]:
         """Rewards of the play turns, one list per episode played.
 
         With kind "success" only the win counts, with 10. Where early rewards are kept and a trial
         ends at the first win, a large gamma_traj can pay for putting the win off: the control.
         """
-        played = [turn for turn in self.turns if turn.phase == "play"]
-        rewards = [turn.reward for turn in played]
-        if kind == "success":
-            rewards = [0.0] * len(played)
-            if self.won_in is not None:
-                rewards[-1] = 10.0
-        pairs = zip(played, rewards, strict=True)
-        by_episode = groupby(pairs, key=lambda pair: pair[0].episode)
-        return [[reward for _, reward in episode] for _, episode in by_episode]
+        if kind != "success":
+            return [[turn.reward for turn in turns] for turns in self.episodes_played()]
+        rewards = [[0.0] * len(turns) for turns in self.episodes_played()]
+        if self.won_in is not None:
+            rewards[-1][-1] = 10.0
+        return rewards
 
     def __str__(self) -> str:
         """The trial as a person would read it."""
@@ -121,10 +126,11 @@ class Trial:
 
 
 class Prompt(NamedTuple):
-    """What a trial yields: the phase, "play" or "reflect", and the token ids of the prompt."""
+    """What a trial yields."""
 
-    phase: str
+    phase: str  # "play" or "reflect"
     ids: list[int]
+    is_shortened: bool = False  # it would have been longer than --max_prompt
 
 
 class Reply(NamedTuple):
@@ -160,28 +166,16 @@ def run_trial(
         past = trial.past if borrowed is None else borrowed[:episode]
         observation, records, done = initial, [], False
         while not done:
-            before, anchor = observation, env.anchor()
+            state = env.anchor()
+            anchor = observation if state is None else state
             write = partial(play_prompt, env, style, memory, initial, past, episode, records)
-            prompt_ids, is_shortened = fit(write, chat, env.history_length, len(past), max_prompt)
-            trial.num_shortened += int(is_shortened)
-            reply = yield Prompt("play", prompt_ids)
-            action, is_valid = env.parse(reply.text)
+            prompt = fit("play", write, chat, env.history_length, len(past), max_prompt)
+            turn = yield from ask(trial, episode, prompt, observation, anchor)
+            action, turn.is_valid = env.parse(turn.reply)
             observation, reward, terminated, truncated, info = env.step(action)
             done = terminated or truncated or len(records) + 1 >= env.turn_limit
-            records.append((str(action), observation, done))
-            turn = Turn(
-                episode=episode,
-                phase="play",
-                prompt_ids=prompt_ids,
-                reply_ids=reply.ids,
-                logps=reply.logps,
-                reply=reply.text,
-                observation=before,
-                reward=float(reward),
-                is_valid=is_valid,
-                anchor=before if anchor is None else anchor,
-            )
-            trial.turns.append(turn)
+            turn.action, turn.reward = str(action), float(reward)
+            records.append((turn.action, observation, done))
         trial.info = info
         if info.get("won", terminated and reward > 0):  # a plain Gymnasium game may not say "won"
             trial.won_in = episode
@@ -190,24 +184,30 @@ def run_trial(
         reflection = ""
         if memory in ("reflection", "both"):
             write = partial(reflection_prompt, env, style, initial, episode, records)
-            prompt_ids, is_shortened = fit(write, chat, len(records), 0, max_prompt)
-            trial.num_shortened += int(is_shortened)
-            reply = yield Prompt("reflect", prompt_ids)
-            reflection, is_valid = parse_reflection(reply.text)
-            turn = Turn(
-                episode=episode,
-                phase="reflect",
-                prompt_ids=prompt_ids,
-                reply_ids=reply.ids,
-                logps=reply.logps,
-                reply=reply.text,
-                observation=observation,
-                reward=0.0,
-                is_valid=is_valid,
-                anchor="reflection",
-            )
-            trial.turns.append(turn)
+            prompt = fit("reflect", write, chat, len(records), 0, max_prompt)
+            turn = yield from ask(trial, episode, prompt, observation, "reflection")
+            reflection, turn.is_valid = parse_reflection(turn.reply)
         trial.past.append(PastEpisode(records, reflection))
+
+
+def ask(
+    trial: Trial, episode: int, prompt: Prompt, observation: str, anchor: str
+) -> Generator[Prompt, Reply, Turn]:
+    """One model call: yields the prompt, receives the reply, adds the Turn to the trial."""
+    reply = yield prompt
+    turn = Turn(
+        episode=episode,
+        phase=prompt.phase,
+        prompt_ids=prompt.ids,
+        reply_ids=reply.ids,
+        logps=reply.logps,
+        reply=reply.text,
+        observation=observation,
+        anchor=anchor,
+    )
+    trial.turns.append(turn)
+    trial.num_shortened += int(prompt.is_shortened)
+    return turn
 
 
 def parse_reflection(reply: str) -> tuple[str, bool]:
@@ -220,9 +220,14 @@ def parse_reflection(reply: str) -> tuple[str, bool]:
 
 
 def fit(
-    write: Callable[[int, int], str], chat: Any, history: int, num_past: int, max_prompt: int
-) -> tuple[list[int], bool]:
-    """Encode the prompt that `write(history, forget)` gives; returns its ids and if it was cut.
+    phase: str,
+    write: Callable[[int, int], str],
+    chat: Any,
+    history: int,
+    num_past: int,
+    max_prompt: int,
+) -> Prompt:
+    """Encode what `write(history, forget)` gives, cut to max_prompt tokens.
 
     A prompt over the limit first loses its oldest history, then the oldest of the `num_past`
     remembered episodes, at last its own middle.
@@ -232,9 +237,9 @@ def fit(
     for cut in cuts:
         ids = chat.encode(write(*cut))
         if len(ids) <= max_prompt:
-            return ids, cut != cuts[0]
+            return Prompt(phase, ids, is_shortened=cut != cuts[0])
     half = max_prompt // 2
-    return ids[:half] + ids[half - max_prompt :], True
+    return Prompt(phase, ids[:half] + ids[half - max_prompt :], is_shortened=True)
 
 
 def play_prompt(
@@ -403,6 +408,7 @@ def compute_returns(
 # ----------------------------------------------------------------------------- advantages
 
 ESTIMATORS = ("reinforce", "rloo", "grpo", "gigpo", "ppo")
+NORM_OF = {"rloo": "leave_one_out", "grpo": "mean_std"}  # what these are; the others have a choice
 
 
 def compute_advantages(
@@ -424,22 +430,23 @@ def compute_advantages(
                phase and anchor.
     ppo:       see `ppo_advantages`.
     """
-    norm = norm_of(estimator, advantage_norm)
+    norm = NORM_OF.get(estimator, advantage_norm)
     for group in groups:
         turns = [turn for trial in group for turn in trial.turns]
+        for turn in turns:
+            turn.advantage = 0.0
         if estimator != "gigpo":
             for same in sets_by(lambda turn: (turn.episode, turn.phase), turns):
-                for turn, value in zip(same, center([t.ret for t in same], norm), strict=True):
-                    turn.advantage = value
+                add_centered(same, [turn.ret for turn in same], norm)
             continue
         for same in sets_by(lambda turn: (turn.episode, turn.phase, turn.anchor), turns):
-            for turn, value in zip(same, center([t.ret for t in same], norm), strict=True):
-                turn.advantage = step_weight * value
-        for members in sets_by(lambda rows: rows[0].episode, played_episodes(group)):
+            add_centered(same, [turn.ret for turn in same], norm, step_weight)
+        played = [turns for trial in group for turns in trial.episodes_played()]
+        for members in sets_by(lambda turns: turns[0].episode, played):
             # G_0(n) as the environment paid it: an invalid first reply is penalised in P
-            starts = [rows[0].ret + rows[0].penalty for rows in members]
-            for rows, value in zip(members, center(starts, norm), strict=True):
-                for turn in rows:
+            starts = [turns[0].ret + turns[0].penalty for turns in members]
+            for turns, value in zip(members, center(starts, norm), strict=True):
+                for turn in turns:
                     turn.advantage += value
 
 
@@ -459,9 +466,12 @@ def center(values: Sequence[float], norm: str = "mean") -> list[float]:
     return array.tolist()
 
 
-def norm_of(estimator: str, advantage_norm: str) -> str:
-    """How an estimator centers: rloo and grpo are what they are, the others take the option."""
-    return {"rloo": "leave_one_out", "grpo": "mean_std"}.get(estimator, advantage_norm)
+def add_centered(
+    turns: Sequence[Turn], values: Sequence[float], norm: str, weight: float = 1.0
+) -> None:
+    """Add the centered values, times weight, to the turns' advantages."""
+    for turn, value in zip(turns, center(values, norm), strict=True):
+        turn.advantage += weight * value
 
 
 def sets_by(key: Callable[[Any], Any], items: Iterable[Any]) -> Iterable[list[Any]]:
@@ -470,14 +480,6 @@ def sets_by(key: Callable[[Any], Any], items: Iterable[Any]) -> Iterable[list[An
     for item in items:
         sets[key(item)].append(item)
     return sets.values()
-
-
-def played_episodes(group: Iterable[Trial]) -> list[list[Turn]]:
-    """The play turns of every episode of every trial of the group."""
-    keyed = ((i, turn) for i, trial in enumerate(group) for turn in trial.turns)
-    played = [pair for pair in keyed if pair[1].phase == "play"]
-    sets = sets_by(lambda pair: (pair[0], pair[1].episode), played)
-    return [[turn for _, turn in pairs] for pairs in sets]
 
 
 # Beside the paper's default: a learned value, and the choices of the official code
@@ -533,7 +535,7 @@ def official_advantages(
     pools equal anchors of all episodes and knows no penalty. A group of one row keeps its score.
     (github.com/mlbio-epfl/LaMer, gigpo/core_gigpo.py.)
     """
-    norm = norm_of(estimator, advantage_norm)
+    norm = NORM_OF.get(estimator, advantage_norm)
     for group in groups:
         turns, scores = [], []
         for trial in group:
@@ -549,11 +551,39 @@ def official_advantages(
         if estimator == "gigpo":
             for same in sets_by(lambda turn: turn.anchor, turns):
                 returns = [turn.ret + turn.penalty for turn in same]
-                for turn, value in zip(same, center(returns, norm), strict=True):
-                    turn.advantage += step_weight * value
+                add_centered(same, returns, norm, step_weight)
 
 
 # ----------------------------------------------------------------------------- the policy
+
+
+def pad(rows: Sequence[Sequence[int]], left: bool = False) -> Tensor:
+    """Pad to a rectangle with id 0. [[5, 6], [7]] -> [[5, 6], [7, 0]]
+
+    Which ids are padding is told by length, never by id: 0 may be a token like any other.
+    """
+    width = max(len(row) for row in rows)
+    padded = []
+    for row in rows:
+        fill = [0] * (width - len(row))
+        padded.append([*fill, *row] if left else [*row, *fill])
+    return torch.tensor(padded)
+
+
+def fill_batches(items: Iterable, max_tokens: int, length: Callable[[Any], int]) -> list[list]:
+    """Items sorted by length, cut so that a padded batch has at most max_tokens (or one item)."""
+    batches: list[list] = []
+    for item in sorted(items, key=length):
+        # the longest so far, since sorted: it sets the width of the batch
+        if not batches or (len(batches[-1]) + 1) * length(item) > max_tokens:
+            batches.append([])
+        batches[-1].append(item)
+    return batches
+
+
+def micro_batches(turns: Iterable[Turn], max_tokens: int) -> list[list[Turn]]:
+    """Turns in batches of at most max_tokens, padding included."""
+    return fill_batches(turns, max_tokens, lambda turn: len(turn.prompt_ids) + len(turn.reply_ids))
 
 
 class PolicyOutput(NamedTuple):
@@ -595,10 +625,10 @@ class Policy(torch.nn.Module):
         tokens = pad([turn.prompt_ids + turn.reply_ids for turn in turns]).to(device)  # (B, L)
         last = [len(turn.prompt_ids) - 1 for turn in turns]  # the states that predict first tokens
         rows = [row for row, turn in enumerate(turns) for _ in turn.reply_ids]
-        columns = [last[row] + i for row, turn in enumerate(turns) for i in range(len(turn.logps))]
+        columns = [last[i] + t for i, turn in enumerate(turns) for t in range(len(turn.reply_ids))]
         targets = [token for turn in turns for token in turn.reply_ids]
 
-        # No cache of casted weights: each is used once a pass, and all together would fill a GPU.
+        # Autocast would keep the bf16 copy of every weight it casts; each is used once a pass.
         with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False):
             decoder = self.model.get_decoder()
             hidden = decoder(input_ids=tokens, use_cache=False).last_hidden_state  # (B, L, h)
@@ -624,35 +654,6 @@ class Policy(torch.nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and need_entropy_grad):
             entropies = -(logps.exp() * logps).sum(-1)  # (C,)
         return logps.gather(-1, targets[:, None])[:, 0], entropies
-
-
-def pad(rows: Sequence[Sequence[int]], left: bool = False) -> Tensor:
-    """Pad to a rectangle with id 0. [[5, 6], [7]] -> [[5, 6], [7, 0]]
-
-    Which ids are padding is told by length, never by id: 0 may be a token like any other.
-    """
-    width = max(len(row) for row in rows)
-    padded = []
-    for row in rows:
-        fill = [0] * (width - len(row))
-        padded.append([*fill, *row] if left else [*row, *fill])
-    return torch.tensor(padded)
-
-
-def fill_batches(items: Iterable, max_tokens: int, length: Callable[[Any], int]) -> list[list]:
-    """Items sorted by length, cut so that a padded batch has at most max_tokens (or one item)."""
-    batches: list[list] = []
-    for item in sorted(items, key=length):
-        # the longest so far, since sorted: it sets the width of the batch
-        if not batches or (len(batches[-1]) + 1) * length(item) > max_tokens:
-            batches.append([])
-        batches[-1].append(item)
-    return batches
-
-
-def micro_batches(turns: Iterable[Turn], max_tokens: int) -> list[list[Turn]]:
-    """Turns in batches of at most max_tokens, padding included."""
-    return fill_batches(turns, max_tokens, lambda turn: len(turn.prompt_ids) + len(turn.reply_ids))
 
 
 # ----------------------------------------------------------------------------- the update
@@ -685,41 +686,6 @@ def kl_estimate(logps: Tensor, ref_logps: Tensor) -> Tensor:
     return (torch.expm1(-d) + d).clamp(max=10)
 
 
-STATISTICS = ("loss", "entropy", "clip_fraction", "approx_kl", "ref_kl", "value_loss")
-
-
-def loss_terms(
-    policy: Policy | DistributedDataParallel,
-    batch: Sequence[Turn],
-    config: Any,
-    reference: Policy | None = None,
-) -> dict[str, Tensor]:
-    """By name in STATISTICS, the terms of the loss per token (T,), `value_loss` per turn (B,).
-
-    `clip_fraction` and `approx_kl`, of the sampler to the policy, are for the log only.
-    """
-    output = policy(batch, need_entropy_grad=config.entropy_coef != 0)
-    device = output.logps.device
-    old_logps = torch.tensor([x for turn in batch for x in turn.old_logps], device=device)  # (T,)
-    # Every token of a reply carries its turn's advantage.
-    advantages = [turn.advantage for turn in batch for _ in turn.reply_ids]
-    advantages = torch.tensor(advantages, device=device)  # (T,)
-    loss, is_clipped = clipped_loss(
-        output.logps, old_logps, advantages, config.clip, config.dual_clip
-    )
-    ref_kl, value_loss = torch.zeros_like(loss), torch.zeros(len(batch), device=device)
-    if reference is not None:
-        with torch.no_grad():
-            ref_logps = reference(batch).logps
-        ref_kl = kl_estimate(output.logps, ref_logps)
-    if output.values is not None:
-        targets = torch.tensor([turn.advantage + turn.value for turn in batch], device=device)
-        value_loss = (output.values - targets) ** 2 / 2
-    change = output.logps.detach() - old_logps
-    terms = loss, output.entropies, is_clipped, change.expm1() - change, ref_kl, value_loss
-    return dict(zip(STATISTICS, terms, strict=True))
-
-
 def update(
     policy: Policy | DistributedDataParallel,
     optimizer: torch.optim.Optimizer,
@@ -737,7 +703,7 @@ def update(
     device, world = next(policy.parameters()).device, world_size()
     policy.train()
     turns = [turn for minibatch in minibatches for turn in minibatch]
-    gap = set_old_logps(policy, turns, config.microbatch_tokens)
+    set_old_logps(policy, turns, config.microbatch_tokens)
     sums, norms = torch.zeros(len(STATISTICS), dtype=torch.float64, device=device), []
     for minibatch in minibatches:
         num_tokens, num_turns = all_reduce_sum([count_tokens(minibatch), len(minibatch)], device)
@@ -745,17 +711,66 @@ def update(
             continue
         with all_or_none(device), local_gradients(policy):
             for batch in micro_batches(minibatch, config.microbatch_tokens):
-                terms = loss_terms(policy, batch, config, reference)
-                loss = terms["loss"] - config.entropy_coef * terms["entropy"]
-                loss = (loss + config.kl_coef * terms["ref_kl"]).sum() / num_tokens
-                loss = loss + terms["value_loss"].sum() / num_turns
+                logps, entropies, values = policy(batch, config.entropy_coef != 0)
+                old_logps, advantages = per_token(batch, device)  # (T,), (T,)
+                losses, is_clipped = clipped_loss(
+                    logps, old_logps, advantages, config.clip, config.dual_clip
+                )
+                ref_kls = kl_to_reference(logps, reference, batch)  # (T,)
+                errors = value_errors(values, batch, device)  # (B,)
+                loss = losses - config.entropy_coef * entropies + config.kl_coef * ref_kls
+                loss = loss.sum() / num_tokens + errors.sum() / num_turns
                 (loss * world).backward()  # DDP averages over processes; this is a sum
-                sums += torch.stack([terms[name].detach().sum().double() for name in STATISTICS])
+                change = logps.detach() - old_logps
+                approx_kls = change.expm1() - change  # k3 of KL(old policy || policy)
+                logged = losses, entropies, is_clipped, approx_kls, ref_kls, errors
+                sums += torch.stack([each.detach().sum().double() for each in logged])
         norms.append(optimizer_step(policy, optimizer, config.grad_clip))
     policy.eval()
+    return update_statistics(turns, sums.tolist(), norms, device)
 
+
+def per_token(turns: Iterable[Turn], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Old log-probabilities and advantages of all reply tokens: (T,), (T,).
+
+    Every token of a reply carries its turn's advantage.
+    """
+    old_logps = [logp for turn in turns for logp in turn.old_logps]
+    advantages = [turn.advantage for turn in turns for _ in turn.reply_ids]
+    return torch.tensor(old_logps, device=device), torch.tensor(advantages, device=device)
+
+
+def kl_to_reference(logps: Tensor, reference: Policy | None, turns: Sequence[Turn]) -> Tensor:
+    """The estimate of KL(policy || reference) per reply token (T,); 0 without a reference."""
+    if reference is None:
+        return torch.zeros_like(logps)
+    with torch.no_grad():
+        ref_logps = reference(turns).logps
+    return kl_estimate(logps, ref_logps)
+
+
+def value_errors(values: Tensor | None, turns: Sequence[Turn], device: torch.device) -> Tensor:
+    """Half the squared errors of a value head (B,); 0 without one."""
+    if values is None:
+        return torch.zeros(len(turns), device=device)
+    targets = [turn.advantage + turn.value for turn in turns]
+    return (values - torch.tensor(targets, device=device)) ** 2 / 2
+
+
+STATISTICS = ("loss", "entropy", "clip_fraction", "approx_kl", "ref_kl", "value_loss")
+
+
+def update_statistics(
+    turns: Sequence[Turn], sums: Sequence[float], norms: Sequence[float], device: torch.device
+) -> dict[str, float]:
+    """Means over the tokens (value_loss: the turns) of all processes, from this one's sums.
+
+    sampler_gap: how far the old log-probabilities are from the sampled ones, in bf16.
+    """
+    pairs = [pair for turn in turns for pair in zip(turn.logps, turn.old_logps, strict=True)]
+    gap = sum(abs(sampled - old) for sampled, old in pairs)
     counts = [count_tokens(turns), len(turns)]
-    num_tokens, num_turns, gap, *sums = all_reduce_sum([*counts, gap, *sums.tolist()], device)
+    num_tokens, num_turns, gap, *sums = all_reduce_sum([*counts, gap, *sums], device)
     stats = {name: total / num_tokens for name, total in zip(STATISTICS, sums, strict=True)}
     stats["value_loss"] = sums[-1] / num_turns
     stats["sampler_gap"] = gap / num_tokens
@@ -765,8 +780,8 @@ def update(
 
 
 @torch.no_grad()
-def set_old_logps(policy: Any, turns: Sequence[Turn], microbatch_tokens: int) -> float:
-    """Set `old_logps` of every turn; returns how far they are from the sampled ones, summed up.
+def set_old_logps(policy: Any, turns: Sequence[Turn], microbatch_tokens: int) -> None:
+    """Set `old_logps` of every turn, what ratios are measured against.
 
     In fp32 they are the sampled ones. In bf16 sampler and trainer round differently, and a ratio
     must begin at 1: there they are the trainer's, before the update.
@@ -774,14 +789,11 @@ def set_old_logps(policy: Any, turns: Sequence[Turn], microbatch_tokens: int) ->
     if not unwrap(policy).bf16:
         for turn in turns:
             turn.old_logps = turn.logps
-        return 0.0
-    gap = 0.0
+        return
     for batch in micro_batches(turns, microbatch_tokens):
         logps = policy(batch).logps.split([len(turn.reply_ids) for turn in batch])
         for turn, new in zip(batch, logps, strict=True):
             turn.old_logps = new.tolist()
-            gap += sum(abs(a - b) for a, b in zip(turn.old_logps, turn.logps, strict=True))
-    return gap
 
 
 def optimizer_step(policy: Any, optimizer: torch.optim.Optimizer, max_norm: float) -> float:
@@ -809,7 +821,7 @@ def synchronize(policy: Any) -> None:
     count and no statistic.
     """
     if isinstance(policy, DistributedDataParallel):
-        token = Turn(0, "play", [0], [0], [0.0], "", "", 0.0, True, "")
+        token = Turn(0, "play", [0], [0], [0.0], "", "", "")
         outputs = [output for output in policy([token]) if output is not None]
         (sum(output.sum() for output in outputs) * 0).backward()
 
@@ -843,6 +855,12 @@ def unwrap(policy: Policy | DistributedDataParallel) -> Policy:
 def world_size() -> int:
     """Number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def print0(text: str) -> None:
+    """Say something to the user, from the first process only."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(text, file=sys.stderr)
 
 
 def all_reduce_sum(values: Sequence[float], device: torch.device | str) -> list[float]:

@@ -96,13 +96,12 @@ def save_policy(folder: Path, model: Any, tokenizer: Any, config: Any, step: int
 def saved_config(folder: str | None) -> dict[str, Any]:
     """The options saved beside a checkpoint; empty for a hub name or a foreign folder."""
     path = Path(folder or "", "lamer.json")
-    return json.loads(path.read_text())["config"] if path.is_file() else {}
+    return json.loads(path.read_text())["config"] if folder and path.is_file() else {}
 
 
 def checkpoints(run: str | Path) -> dict[int, Path]:
     """The complete checkpoints of a run folder by step; unfinished ones carry another name."""
-    names = {p.name: p for p in Path(run).glob("step_*") if re.fullmatch(r"step_\d+", p.name)}
-    return {int(name[5:]): path for name, path in names.items()}
+    return {int(p.name[5:]): p for p in Path(run).glob("step_*") if p.name[5:].isdigit()}
 
 
 def newest_checkpoint(model: str) -> str:
@@ -225,8 +224,7 @@ def warm_policy(config: Any) -> Path:
     for seed in range(64):
         scripted_trial(env, seed, chat=recorder, skill=env.warm_skill, rng=rng, **play)
 
-    names = ("seed", "microbatch_tokens", "tiny_hidden", "tiny_layers")
-    names += ("warm_steps", "warm_batch", "warm_lr")
+    names = ("seed", "tiny_hidden", "tiny_layers", "warm_steps", "warm_batch", "warm_lr")
     options = {name: getattr(config, name) for name in names}
     # The texts stand for the environment's rules, which a user may be editing.
     key = json.dumps([WARM_VERSION, options, play, config.env_options, recorder.texts])
@@ -250,7 +248,7 @@ def warm_policy(config: Any) -> Path:
         file=sys.stderr,
     )
     for _ in bar:
-        loss = imitate(model, next(batches), config.microbatch_tokens)
+        loss = imitate(model, next(batches))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
             optimizer.step()
@@ -310,7 +308,7 @@ def scripted_batches(
         yield batch
 
 
-def imitate(model: Any, turns: Sequence[Turn], microbatch_tokens: int) -> float:
+def imitate(model: Any, turns: Sequence[Turn], microbatch_tokens: int = 8192) -> float:
     """Gradient of the mean loss over reply tokens plus that over prompt tokens; returns their sum.
 
     Predicting a board from its remembered picture is what teaches a small model to look back.

@@ -17,9 +17,7 @@ the file stands what train.py and eval.py share: `make_sampler`, `rollout`, `sum
 
 import inspect
 import math
-import os
 import re
-import sys
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -42,6 +40,7 @@ from lamer import (
     cross_episode_returns,
     fill_batches,
     pad,
+    print0,
     run_trial,
 )
 
@@ -200,19 +199,22 @@ class GenerateSampler:
         device = self.model.device
         tokens = pad(prompts, left=True).to(device)  # (B, L)
         is_content = pad([[1] * len(prompt) for prompt in prompts], left=True).to(device)  # (B, L)
-        # Not the model's own settings: a repetition penalty, say, would make it another policy.
         plain = GenerationConfig(
             do_sample=False,
             max_new_tokens=self.max_reply,
             eos_token_id=sorted(self.chat.stop_ids),
             pad_token_id=0,
         )
+        # `generate` fills in what is left open from the model's own settings; a repetition penalty,
+        # say, would make it another policy.
+        own, self.model.generation_config = self.model.generation_config, GenerationConfig()
         self.model.generate(
             tokens,
             attention_mask=is_content,
             generation_config=plain,
             logits_processor=LogitsProcessorList([draw]),
         )
+        self.model.generation_config = own
         sampled = torch.stack(draw.tokens, 1).tolist()  # (B, T)
         sampled_logps = torch.stack(draw.logps, 1).tolist()  # (B, T)
         for row, logps in zip(sampled, sampled_logps, strict=True):
@@ -246,8 +248,8 @@ class DrawTokens(LogitsProcessor):
 class CacheRow:
     """One row of the key/value cache, and the trial that uses it."""
 
-    trial: Generator  # the coroutine
-    trial_index: int  # its place in the list of trials
+    trial: Generator | None = None  # the coroutine
+    trial_index: int = 0  # its place in the list of trials
     turn_index: int = 0  # its model calls so far
     cached_ids: list[int] = field(default_factory=list)  # tokens whose keys and values it holds
     pending_ids: list[int] = field(default_factory=list)  # of the prompt, still to be computed
@@ -255,10 +257,10 @@ class CacheRow:
     logps: list[float] = field(default_factory=list)  # of the reply tokens
 
 
-def start_trial(row: CacheRow) -> None:
-    """Begin the first turn of the row's trial; what the row holds of another one may serve."""
-    row.turn_index = 0
-    start_reply(row, next(row.trial))
+def start_trial(row: CacheRow, trial_index: int, trial: Generator) -> None:
+    """Give the row to a trial and begin its first turn; what the row holds may serve again."""
+    row.trial, row.trial_index, row.turn_index = trial, trial_index, 0
+    start_reply(row, next(trial))
 
 
 def start_reply(row: CacheRow, prompt: Prompt) -> None:
@@ -280,9 +282,8 @@ def finish_reply(row: CacheRow, chat: Chat) -> Trial | None:
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the longest common prefix, short of the whole of `b`: its last token is computed
-    in any case, since the first reply token is drawn from its logits."""
-    limit = min(len(a), len(b) - 1)
+    """Length of the longest common prefix, short of the whole of `b`."""
+    limit = min(len(a), len(b) - 1)  # the last token is computed: it gives the first logits
     return next((i for i in range(limit) if a[i] != b[i]), limit)
 
 
@@ -415,12 +416,14 @@ class ContinuousSampler:
         The cached pass, a prompt in two parts, must give the plain pass' logits but for rounding:
         four of the dtype's last digits, or four times what other padding changes in a plain pass.
         """
-        row = CacheRow(trial=None, trial_index=0)
+        row = CacheRow()
         cache = RowCache(self.num_layers, 1, self.capacity, self.model.device)
         try:
             self.forward(cache, [row], [0], [ids[: len(ids) // 2]])
             [ours] = self.forward(cache, [row], [0], [ids[len(ids) // 2 :]])  # (V,)
-        except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # every architecture fails in a way of its own
             raise UnsupportedModelError(f"this model cannot use our cache ({error})") from error
 
         def plain(padding: int) -> Tensor:
@@ -443,10 +446,10 @@ class ContinuousSampler:
         assert not self.model.training, "sampling needs model.eval()"
         cache = RowCache(self.num_layers, self.slots, self.capacity, self.model.device)
         finished: list[Trial | None] = [None] * len(trials)
-        waiting = deque(CacheRow(trial, i) for i, trial in enumerate(trials))
-        rows = [waiting.popleft() for _ in range(min(self.slots, len(trials)))]
+        waiting = deque(enumerate(trials))
+        rows = [CacheRow() for _ in range(min(self.slots, len(trials)))]
         for row in rows:
-            start_trial(row)
+            start_trial(row, *waiting.popleft())
         while rows:
             logits = self.next_logits(cache, rows)  # (R, V)
             key = [(trial_ids[row.trial_index], row.turn_index, len(row.reply_ids)) for row in rows]
@@ -462,9 +465,7 @@ class ContinuousSampler:
                 if trial is not None:
                     finished[row.trial_index] = trial
                     if waiting:
-                        following = waiting.popleft()
-                        row.trial, row.trial_index = following.trial, following.trial_index
-                        start_trial(row)
+                        start_trial(row, *waiting.popleft())
                     else:
                         ended.append(number)
             # Live rows stay at the head of the cache, so that decoding reads it in place.
@@ -551,9 +552,8 @@ def make_sampler(
             sampler = ContinuousSampler(model, chat, *limits, probe_ids)
         except UnsupportedModelError as error:
             note = f"{error}: falling back to the plain sampler"
-    if int(os.environ.get("RANK", 0)) == 0:
-        kind = f"model.generate in lock-step ({note})" if sampler is None else "continuous batching"
-        print(f"sampler: {kind}, {slots} trials at once", file=sys.stderr)
+    kind = f"model.generate in lock-step ({note})" if sampler is None else "continuous batching"
+    print0(f"sampler: {kind}, {slots} trials at once")
     return sampler or GenerateSampler(model, chat, slots, config.max_reply)
 
 

@@ -56,7 +56,7 @@ from transformers.utils import logging as transformers_logging
 
 import lamer
 from envs import EVAL_SEED, derive_seed, env_class, make_env
-from lamer import MEMORIES, Policy, Trial, Turn, all_reduce_sum, unwrap, world_size
+from lamer import MEMORIES, Policy, Trial, Turn, all_reduce_sum, print0, unwrap, world_size
 from policy import (
     checkpoints,
     load_policy,
@@ -84,7 +84,7 @@ transformers_logging.disable_progress_bar()
 
 
 def option(default: Any, meaning: str, **limits: Any) -> Any:
-    """A field of Config: default, help text, and what is allowed (choices, least, above)."""
+    """A field of Config: default, help, and what is allowed (choices, least, most, above)."""
     return field(default=default, metadata={"help": meaning, **limits})
 
 
@@ -119,21 +119,25 @@ class Config:
     credit: str = option("paper", "official: a recursion", choices=("paper", "official"))
     estimator: str = option("gigpo", "of the advantages", choices=lamer.ESTIMATORS)
     advantage_norm: str = option("mean", "of reinforce and gigpo", choices=("mean", "mean_std"))
-    step_weight: float = option(1.0, "weight of gigpo's step part")
-    gamma_step: float = option(0.95, "discount from turn to turn")
-    gamma_traj: float = option(0.6, "discount from episode to episode; 0 is greedy")
+    step_weight: float = option(1.0, "weight of gigpo's step part", least=0)
+    gamma_step: float = option(0.95, "discount from turn to turn", least=0, most=1)
+    gamma_traj: float = option(
+        0.6, "discount from episode to episode; 0 is greedy", least=0, most=1
+    )
     gae_lambda: float = option(1.0, "ppo: below 1 trusts the value head; needs --credit official")
-    invalid_penalty: float = option(0.5, "taken from the return of a reply that cannot be parsed")
+    invalid_penalty: float = option(
+        0.5, "taken from the return of a reply that cannot be parsed", least=0
+    )
     # the update
-    lr: float = option(1e-6, "learning rate")
-    value_lr: float = option(1e-3, "ppo: learning rate of the value head")
-    clip: float = option(0.2, "range of the probability ratio")
+    lr: float = option(1e-6, "learning rate", least=0)
+    value_lr: float = option(1e-3, "ppo: learning rate of the value head", least=0)
+    clip: float = option(0.2, "range of the probability ratio", above=0)
     dual_clip: float = option(0.0, "bound on the loss of tokens with negative advantage; 0: none")
-    entropy_coef: float = option(0.0, "weight of the entropy in the objective")
+    entropy_coef: float = option(0.0, "weight of the entropy in the objective", least=0)
     kl_coef: float = option(0.0, "weight of the KL to the starting model, a second copy", least=0)
-    grad_clip: float = option(1.0, "largest gradient norm")
-    weight_decay: float = option(0.0, "AdamW's")
-    beta2: float = option(0.999, "AdamW's")
+    grad_clip: float = option(1.0, "largest gradient norm", above=0)
+    weight_decay: float = option(0.0, "AdamW's", least=0)
+    beta2: float = option(0.999, "AdamW's", least=0, most=0.99999)
     minibatch: int = option(64, "turns per optimizer step, over all processes", least=1)
     microbatch_tokens: int = option(8192, "per pass; lower it when memory runs out", least=1)
     grad_checkpoint: bool = option(True, "recompute activations in backward: memory for time")
@@ -148,14 +152,14 @@ class Config:
     eval_tasks: int = option(64, "fixed tasks, their seeds disjoint from training", least=1)
     save_every: int = option(25, "steps; the last step is always saved", least=0)
     keep: int = option(2, "checkpoints kept, newest first", least=1)
-    device: str = option("cuda", "cpu or cuda")
+    device: str = option("cuda", "cpu or cuda", choices=("cpu", "cuda"))
     dtype: str = option("bfloat16", "of sampler and products; weights are fp32", choices=DTYPES)
     # the tiny policy
     tiny_hidden: int = option(128, "width", least=8)
     tiny_layers: int = option(4, "depth", least=1)
     warm_steps: int = option(600, "steps of imitation before RL", least=1)
     warm_batch: int = option(64, "turns per step of imitation", least=1)
-    warm_lr: float = option(2e-3, "peak learning rate of imitation")
+    warm_lr: float = option(2e-3, "peak learning rate of imitation", above=0)
     warm_episodes: int = option(3, "episodes per imitated trial, if --episodes is less", least=1)
 
     env_options: dict[str, Any] = field(default_factory=dict)
@@ -242,6 +246,8 @@ def check_limits(cls: type, options: dict[str, Any]) -> None:
             problem = f"be one of {', '.join(limits['choices'])}"
         elif "least" in limits and not value >= limits["least"]:
             problem = f"be at least {limits['least']}"
+        elif "most" in limits and not value <= limits["most"]:
+            problem = f"be at most {limits['most']}"
         elif "above" in limits and not value > limits["above"]:
             problem = f"be above {limits['above']}"
         else:
@@ -261,7 +267,7 @@ def check_config(config: Config) -> Config:
         raise ValueError("--gae_lambda is from 0 to 1, and below 1 it needs --credit official")
     if config.dual_clip != 0 and not config.dual_clip > 1:
         raise ValueError(f"--dual_clip must be 0 (off) or above 1, got {config.dual_clip}")
-    if config.device.startswith("cuda") and not torch.cuda.is_available():
+    if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda, but torch finds no CUDA GPU here; use --device cpu")
     config.model = newest_checkpoint(config.model)
     if config.episodes == 1:
@@ -291,7 +297,7 @@ def env_flags(env: str) -> dict[str, Flag]:
     flags = {}
     for name, parameter in inspect.signature(cls).parameters.items():
         kind = hints.get(name, type(parameter.default))
-        if isinstance(kind, UnionType):
+        if typing.get_origin(kind) in (UnionType, typing.Union):  # int | None, Optional[int]
             kind = typing.get_args(kind)[0]
         if kind in (int, float, str, bool):
             line = re.search(rf"^ *{name}: (.*)$", inspect.getdoc(cls) or "", re.M)
@@ -364,7 +370,7 @@ def add_flags(group: Any, flags: dict[str, Flag]) -> None:
 
 
 def describe(config: Config, given: dict[str, Any]) -> str:
-    """The options in three lines: yours, those of recipes, and those left at the paper's values."""
+    """The options, a line each for yours, those of recipes, and those left as in the paper."""
     lines = {"given": [], "by recipe": [], "as in the paper": []}
     for each in fields(Config):
         value = getattr(config, each.name)
@@ -401,8 +407,9 @@ def prepare(argv: Sequence[str]) -> tuple[Config, dict[str, Any], int]:
         raise ValueError(f"--resume {run}: no complete checkpoint there")
     saved = saved_config(str(done[max(done)]))
     options = {k: v for k, v in given.items() if k not in ("resume", "env_options")}
+    defaults = {name: flag.default for name, flag in env_flags(saved["env"]).items()}
     for name, value in (options | given.get("env_options", {})).items():
-        before = (saved | saved["env_options"]).get(name)
+        before = (defaults | saved | saved["env_options"]).get(name)
         if name not in RESUME_OPTIONS and before != value:
             raise ValueError(
                 f"--resume {run}: that run has --{name} {before}, which cannot become {value}"
@@ -463,7 +470,7 @@ def start_run(config: Config, done: int) -> Run:
         policy = DistributedDataParallel(
             policy, forward_sync_buffers=False, gradient_as_bucket_view=True
         )
-        for _ in range(2):  # DDP makes its buckets anew after the first: now, not in a full memory
+        for _ in range(2):  # DDP rebuilds its buckets after the first: now, while memory is free
             lamer.synchronize(policy)
     slots = count_slots(config, model, config.num_tasks // world * config.group_size, world)
     sampler = make_sampler(config, sampling_model, chat, slots)
@@ -477,13 +484,12 @@ def start_processes(config: Config) -> tuple[int, int]:
         raise ValueError(
             f"--num_tasks {config.num_tasks} cannot be dealt evenly to {world} processes"
         )
-    is_gpu = config.device.startswith("cuda")
+    is_gpu = config.device == "cuda"
     if is_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         idle = torch.cuda.device_count() - int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        if rank == 0 and idle > 0:
-            line = f"{idle} GPUs stay idle; torchrun --nproc-per-node=gpu train.py ... uses all"
-            print(line, file=sys.stderr)
+        if idle > 0:
+            print0(f"{idle} GPUs stay idle; torchrun --nproc-per-node=gpu train.py ... uses all")
     if world > 1:
         # They wait for each other through whole rollouts and saves: ten minutes are too short.
         dist.init_process_group("nccl" if is_gpu else "gloo", timeout=timedelta(hours=2))
@@ -529,7 +535,7 @@ def make_optimizer(policy: Policy, config: Config) -> torch.optim.Optimizer:
         groups.append({"params": head, "lr": config.value_lr, "weight_decay": 0.0})
     options = dict(lr=config.lr, betas=(0.9, config.beta2), weight_decay=config.weight_decay)
     # The default on a GPU makes temporary copies as large as a moment.
-    options["fused"] = config.device.startswith("cuda")
+    options["fused"] = config.device == "cuda"
     if world_size() > 1:
         return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **options)
     return torch.optim.AdamW(groups, **options)
@@ -590,18 +596,18 @@ def count_slots(config: Config, model: Any, num_trials: int, world: int = 0) -> 
 
     `world` is the number of training processes, 0 in evaluation.
     """
-    if not config.device.startswith("cuda"):
+    if config.device != "cuda":
         return config.slots or min(128, num_trials)
     shape, num_weights = model.config.get_text_config(), model.num_parameters()
     plan = memory_plan(config, shape, num_weights, world or 1)
-    total_gb = torch.cuda.mem_get_info(config.device)[1] / 1e9
+    free = torch.cuda.mem_get_info(config.device)[0] + torch.cuda.memory_allocated(config.device)
+    total_gb = free / 1e9  # less what other programs hold
     if not world:
         size = 2 if config.dtype == "bfloat16" else 4
         plan = {"weights": size * num_weights / 1e9, "activations": 0.0, "slot": plan["slot"]}
     slots = fit_slots(plan, total_gb, config.slots or num_trials, world)
-    if int(os.environ.get("RANK", 0)) == 0:
-        parts = " + ".join(f"{name} {need:.1f}" for name, need in plan.items() if need)
-        print(f"memory per GPU in GB: {parts} x {slots}, of {total_gb:.1f}", file=sys.stderr)
+    parts = " + ".join(f"{name} {need:.1f}" for name, need in plan.items() if need)
+    print0(f"memory per GPU in GB: {parts} x {slots}, of {total_gb:.1f}")
     return slots
 
 
@@ -766,8 +772,8 @@ def main(argv: Sequence[str]) -> None:
     if is_first:
         (out / "config.json").write_text(json.dumps(asdict(config), indent=1))
         for name in ("metrics.jsonl", "evals.jsonl"):
-            trim_log(out / name, done)
-        print(describe(config, given), file=sys.stderr)
+            trim_log(out / name, done if config.resume else -1)
+    print0(describe(config, given))
 
     tasks = range(run.rank, config.num_tasks, run.world)  # every process plays whole groups
     members = range(config.group_size)
@@ -817,8 +823,7 @@ def main(argv: Sequence[str]) -> None:
         if is_last or (config.save_every and (step + 1) % config.save_every == 0):
             save_checkpoint(config, run, step + 1)
     bar.close()
-    if is_first:
-        print(f"done: python eval.py --model {config.out}", file=sys.stderr)
+    print0(f"done: python eval.py --model {config.out}")
     if run.world > 1:
         dist.barrier()  # else one may tear down what another still needs
         dist.destroy_process_group()
@@ -843,7 +848,7 @@ def percent(shares: Sequence[float]) -> str:
 
 def peak_gb(device: str) -> float:
     """Peak memory so far: of the GPU, or of the process; 0 where the system does not tell."""
-    if device.startswith("cuda"):
+    if device == "cuda":
         return round(torch.cuda.max_memory_allocated() / 1e9, 3)
     if resource is None:
         return 0.0
