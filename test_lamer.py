@@ -771,10 +771,10 @@ def test_greedy_replies_equal_the_models_own_generate(tiny):
 
 def test_results_do_not_depend_on_slots_or_order(tiny, played):
     reference = replies_of(played)
-    assert replies_of(play(tiny, slots=5)) == reference
+    assert replies_of(play(tiny, num=12, slots=5)) == reference[:12]
     order = [int(i) for i in np.random.RandomState(0).permutation(24)]
     assert replies_of(play(tiny, slots=9, ids=order)) == [reference[i] for i in order]
-    assert replies_of(play(tiny, sampling=Sampling(seed=4))) != reference
+    assert replies_of(play(tiny, num=4, sampling=Sampling(seed=4))) != reference[:4]
 
 
 def test_the_mask_shows_what_stands_before_and_the_token_itself():
@@ -1305,7 +1305,8 @@ def test_the_entropy_term_spreads_the_policy(tiny, batch):
 def test_the_value_head_learns_and_leaves_the_policy_alone(tiny, batch):
     value_head = nn.Linear(tiny[1].config.hidden_size, 1)
     nn.init.zeros_(value_head.weight)
-    options = dict(estimator="ppo", lr=0.0, value_lr=3e-2, minibatch=100)
+    batch = batch[:8]
+    options = dict(estimator="ppo", lr=0.0, value_lr=3e-2, minibatch=40)
     config, policy, optimizer = learner(tiny, value_head, **options)
     losses = []
     for step in range(12):
