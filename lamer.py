@@ -60,9 +60,9 @@ class Turn:
     is_valid: bool = True  # the reply could be parsed
     reward: float = 0.0  # of the environment; 0 for a reflection
     ret: float = 0.0  # the return G, set by compute_returns
-    penalty: float = 0.0  # what an invalid reply cost; `ret` is after it
     value: float = 0.0  # the value head's estimate of the return, set by compute_values (ppo only)
-    advantage: float = 0.0  # set by compute_advantages
+    value_target: float = 0.0  # what that estimate is to become, set by ppo_advantages
+    advantage: float = 0.0  # set by compute_advantages; an invalid reply's is less its penalty
     old_logps: list[float] = field(default_factory=list)  # what ratios are measured against
 
 
@@ -389,7 +389,6 @@ def compute_returns(
     credit: str,
     gamma_step: float,
     gamma_traj: float,
-    invalid_penalty: float = 0.5,
     reward: str = "env",
 ) -> None:
     """Set `ret` of every turn: the cross-episode return, for `reward` see Trial.rewards.
@@ -400,9 +399,7 @@ def compute_returns(
         returns = cross_episode_returns(trial.rewards(reward), credit, gamma_step, gamma_traj)
         played = chain.from_iterable(returns)
         for turn in trial.turns:
-            turn.penalty = 0.0 if turn.is_valid else invalid_penalty
-            ret = next(played) if turn.phase == "play" else returns[turn.episode + 1][0]
-            turn.ret = ret - turn.penalty
+            turn.ret = next(played) if turn.phase == "play" else returns[turn.episode + 1][0]
 
 
 # ----------------------------------------------------------------------------- advantages
@@ -443,8 +440,7 @@ def compute_advantages(
             add_centered(same, [turn.ret for turn in same], norm, step_weight)
         played = [turns for trial in group for turns in trial.episodes_played()]
         for members in sets_by(lambda turns: turns[0].episode, played):
-            # G_0(n) as the environment paid it: an invalid first reply is penalised in P
-            starts = [turns[0].ret + turns[0].penalty for turns in members]
+            starts = [turns[0].ret for turns in members]
             for turns, value in zip(members, center(starts, norm), strict=True):
                 for turn in turns:
                     turn.advantage += value
@@ -482,6 +478,22 @@ def sets_by(key: Callable[[Any], Any], items: Iterable[Any]) -> Iterable[list[An
     return sets.values()
 
 
+def penalize_invalid(trials: Sequence[Trial], penalty: float, device: torch.device | str) -> None:
+    """Take the penalty from the advantage of every reply that could not be parsed.
+
+    Centred by phase over the step of all processes: A -= penalty * (is_invalid - share invalid).
+    Through the baselines above it would vanish where a turn is alone in its set; uncentred it
+    would push on noise where all replies are invalid.
+    """
+    for phase in ("play", "reflect"):
+        turns = [turn for trial in trials for turn in trial.turns if turn.phase == phase]
+        num_invalid = sum(1 for turn in turns if not turn.is_valid)
+        num_invalid, num_turns = all_reduce_sum([num_invalid, len(turns)], device)
+        for turn in turns:
+            share = num_invalid / num_turns
+            turn.advantage -= penalty * ((0.0 if turn.is_valid else 1.0) - share)
+
+
 # Beside the paper's default: a learned value, and the choices of the official code
 
 
@@ -501,8 +513,7 @@ def ppo_advantages(
 
     A turn's discount to the next is gamma_step inside an episode, gamma_traj at its end, 1 from a
     reflection to the episode it prepares. With lambda 1 that is G - V, for either credit; below 1
-    it needs credit "official", the one that is a recursion. A penalty stays with its row, but
-    values are learned with it.
+    it needs credit "official", the one that is a recursion.
     """
     for trial in trials:
         advantage = ret_after = value_after = gamma = 0.0
@@ -513,12 +524,11 @@ def ppo_advantages(
             elif after is not None:
                 is_inside = after.episode == turn.episode and after.phase == "play"
                 gamma = gamma_step if is_inside else gamma_traj
-            ret = turn.ret + turn.penalty
-            reward = ret - gamma * ret_after
+            reward = turn.ret - gamma * ret_after
             error = reward + gamma * value_after - turn.value
             advantage = error + gamma * gae_lambda * advantage
-            turn.advantage = advantage - turn.penalty
-            ret_after, value_after = ret, turn.value
+            turn.advantage, turn.value_target = advantage, advantage + turn.value
+            ret_after, value_after = turn.ret, turn.value
 
 
 def official_advantages(
@@ -526,6 +536,7 @@ def official_advantages(
     estimator: str,
     advantage_norm: str = "mean",
     step_weight: float = 1.0,
+    invalid_penalty: float = 0.5,
     reward: str = "env",
 ) -> None:
     """Set `advantage` of every turn as the official code does, a group's rows in one pot.
@@ -543,15 +554,14 @@ def official_advantages(
             for turn in trial.turns:
                 total = totals[turn.episode] if turn.phase == "play" else 0.0
                 turns.append(turn)
-                scores.append(total - turn.penalty)
+                scores.append(total - (0.0 if turn.is_valid else invalid_penalty))
         if len(scores) > 1:
             scores = center(scores, norm)
         for turn, score in zip(turns, scores, strict=True):
             turn.advantage = score
         if estimator == "gigpo":
             for same in sets_by(lambda turn: turn.anchor, turns):
-                returns = [turn.ret + turn.penalty for turn in same]
-                add_centered(same, returns, norm, step_weight)
+                add_centered(same, [turn.ret for turn in same], norm, step_weight)
 
 
 # ----------------------------------------------------------------------------- the policy
@@ -753,8 +763,8 @@ def value_errors(values: Tensor | None, turns: Sequence[Turn], device: torch.dev
     """Half the squared errors of a value head (B,); 0 without one."""
     if values is None:
         return torch.zeros(len(turns), device=device)
-    targets = [turn.advantage + turn.value for turn in turns]
-    return (values - torch.tensor(targets, device=device)) ** 2 / 2
+    targets = torch.tensor([turn.value_target for turn in turns], device=device)
+    return (values - targets) ** 2 / 2
 
 
 STATISTICS = ("loss", "entropy", "clip_fraction", "approx_kl", "ref_kl", "value_loss")

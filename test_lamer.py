@@ -24,6 +24,7 @@ import time
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -269,8 +270,7 @@ class RecordedTrial(Trial):
         # An episode of its own for every row, so that each may have its own reward.
         for i, row in enumerate(rows):
             turn = make_turn(i, row["phase"], is_valid=bool(row["valid"]), anchor=row["anchor"])
-            turn.penalty = 0.0 if turn.is_valid else 0.5
-            turn.ret = row["step_return"] - turn.penalty
+            turn.ret = row["step_return"]
             self.turns.append(turn)
         self.recorded = [[row["episode_reward"]] for row in rows]
 
@@ -333,10 +333,36 @@ def test_returns_by_hand():
     returns = lamer.cross_episode_returns(rewards, "official", 0.5, 0.5)
     assert returns == [[3, 4], [4, 8], [8]]
     trial = make_trial(rewards)
-    trial.turns[1].is_valid = trial.turns[2].is_valid = False
-    lamer.compute_returns([trial], "paper", 0.5, 0.5, invalid_penalty=0.5)
-    # play, play, reflection on 0, play, play, reflection on 1, play; an invalid row alone pays
-    assert of_turns("ret", [trial]) == [[5, 4.5, 5.5, 6, 8, 8, 8]]
+    trial.turns[1].is_valid = False  # returns know no penalty
+    lamer.compute_returns([trial], "paper", 0.5, 0.5)
+    # play, play, reflection on 0, play, play, reflection on 1, play
+    assert of_turns("ret", [trial]) == [[5, 5, 6, 6, 8, 8, 8]]
+
+
+@pytest.mark.parametrize("estimator", lamer.ESTIMATORS)
+def test_an_invalid_reply_pays_its_penalty(estimator):
+    """Also where it is alone in its set; nothing where all of its phase are invalid."""
+    config = train.make_config(env="lockbox", device="cpu", estimator=estimator, group_size=3)
+
+    def zeros(batch):
+        return SimpleNamespace(values=torch.zeros(len(batch)))
+
+    def credit(*invalid):
+        """Advantages and value targets, with these turns invalid."""
+        turns = turns_of(trials := three_trials())
+        for i, turn in enumerate(turns):
+            turn.anchor, turn.is_valid = str(i), i not in invalid  # each state was reached once
+        train.assign_credit(config, zeros, trials)
+        fields = [(turn.advantage, turn.value_target) for turn in turns]
+        return np.array(fields).T
+
+    # play, play, reflect, play; play, reflect, play; play
+    change = credit(3) - credit()
+    sixth = 0.5 / 6
+    assert np.allclose(change[0], [sixth, sixth, 0, sixth - 0.5, sixth, 0, sixth, sixth])
+    assert np.allclose(change[1], 0), "values are learned without it"
+    assert np.allclose(credit(2)[0] - credit()[0], [0, 0, -0.25, 0, 0, 0.25, 0, 0])
+    assert np.allclose(credit(0, 1, 3, 4, 6, 7), credit())
 
 
 def three_trials():
@@ -395,10 +421,8 @@ def test_ppo_advantages_by_hand():
     before = advantages(gae_lambda=0.5)
     assert np.allclose(before[2], steps[2] + 1 * 0.5 * steps[3])
     assert np.allclose(before[1], steps[1] + 0.25 * 0.5 * before[2])
-    trial.turns[1].is_valid = False  # the penalty stays with its row
-    lamer.compute_returns([trial], "official", 0.5, 0.25)
-    after = advantages(gae_lambda=0.5)
-    assert np.allclose(np.subtract(before, after), [0, 0.5, 0, 0])
+    targets = [turn.value_target - turn.value for turn in trial.turns]
+    assert np.allclose(targets, before)
 
 
 def test_sets_of_one_or_of_equal_values_give_zero():

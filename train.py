@@ -126,7 +126,7 @@ class Config:
     )
     gae_lambda: float = option(1.0, "ppo: below 1 trusts the value head; needs --credit official")
     invalid_penalty: float = option(
-        0.5, "taken from the return of a reply that cannot be parsed", least=0
+        0.5, "taken from the advantage of a reply that cannot be parsed", least=0
     )
     # the update
     lr: float = option(1e-6, "learning rate", least=0)
@@ -700,17 +700,19 @@ def task_seeds(config: Config, trial_ids: Sequence[int], step: int) -> list[int]
 def assign_credit(config: Config, policy: Policy, trials: Sequence[Trial]) -> None:
     """Returns across episodes (eq. 2 and 3), then advantages (eq. 4)."""
     discounts = config.gamma_step, config.gamma_traj
-    lamer.compute_returns(trials, config.credit, *discounts, config.invalid_penalty, config.reward)
+    lamer.compute_returns(trials, config.credit, *discounts, config.reward)
     size = config.group_size
     groups = [trials[i : i + size] for i in range(0, len(trials), size)]
     how = config.estimator, config.advantage_norm, config.step_weight
+    if config.preset == "official":
+        lamer.official_advantages(groups, *how, config.invalid_penalty, config.reward)
+        return
     if config.estimator == "ppo":
         lamer.compute_values(policy, trials, config.microbatch_tokens)
         lamer.ppo_advantages(trials, *discounts, config.gae_lambda)
-    elif config.preset == "official":
-        lamer.official_advantages(groups, *how, config.reward)
     else:
         lamer.compute_advantages(groups, *how)
+    lamer.penalize_invalid(trials, config.invalid_penalty, config.device)
 
 
 MINIBATCH_DRAW = 1 << 40  # in the place of a token's number: the draw of a turn's mini-batch
