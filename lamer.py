@@ -420,8 +420,10 @@ def compute_advantages(
     not equal states, and a baseline over all episodes would punish the very action that made the
     next one succeed.
 
-    reinforce: G minus its mean over the group's rows of the same episode and phase; rloo: minus
-               the mean of the others; grpo: also divided by the standard deviation.
+    reinforce: G minus the mean over the group's trials of the mean G of the trial's turns in the
+               same episode and phase, so a trial of many turns weighs as much as one of few;
+               rloo: minus that of the other trials; grpo: also divided by the standard deviation
+               over all these turns.
     gigpo:     E + step_weight * P. E: the member's G_0(n) minus the mean over members that played
                episode n, 0 for reflections. P: G minus its mean over rows with the same episode,
                phase and anchor.
@@ -433,8 +435,10 @@ def compute_advantages(
         for turn in turns:
             turn.advantage = 0.0
         if estimator != "gigpo":
-            for same in sets_by(lambda turn: (turn.episode, turn.phase), turns):
-                add_centered(same, [turn.ret for turn in same], norm)
+            keyed = [(i, turn) for i, trial in enumerate(group) for turn in trial.turns]
+            for same in sets_by(lambda pair: (pair[1].episode, pair[1].phase), keyed):
+                members = sets_by(lambda pair: pair[0], same)  # one for each trial
+                subtract_baseline([[turn for _, turn in pairs] for pairs in members], norm)
             continue
         for same in sets_by(lambda turn: (turn.episode, turn.phase, turn.anchor), turns):
             add_centered(same, [turn.ret for turn in same], norm, step_weight)
@@ -460,6 +464,21 @@ def center(values: Sequence[float], norm: str = "mean") -> list[float]:
     elif norm == "leave_one_out":
         array = array * (len(array) / (len(array) - 1))
     return array.tolist()
+
+
+def subtract_baseline(members: Sequence[Sequence[Turn]], norm: str) -> None:
+    """Set advantages on one set: `members` are its turns, trial by trial; 0 where all are equal."""
+    returns = [turn.ret for turns in members for turn in turns]
+    if len(members) < 2 or max(returns) == min(returns):
+        return
+    means = [float(np.mean([turn.ret for turn in turns])) for turns in members]
+    scale = np.std(returns, ddof=1) + 1e-6 if norm == "mean_std" else 1.0
+    for turns, mean in zip(members, means, strict=True):
+        baseline = sum(means) / len(means)
+        if norm == "leave_one_out":
+            baseline = (sum(means) - mean) / (len(means) - 1)
+        for turn in turns:
+            turn.advantage = float((turn.ret - baseline) / scale)
 
 
 def add_centered(

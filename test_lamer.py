@@ -375,9 +375,8 @@ def test_advantages_by_hand():
     lamer.compute_returns(trials, "paper", 1.0, 0.5)
     assert of_turns("ret", trials) == [[6, 6, 10, 10], [4, 4, 4], [5]]
     lamer.compute_advantages([trials], "reinforce")
-    # episode 0, play: 6, 6, 4, 5 (mean 5.25); reflections: 10, 4; episode 1: 10, 4
-    expected = [[0.75, 0.75, 3, 3], [-1.25, -3, -3], [-0.25]]
-    assert of_turns("advantage", trials) == expected
+    # episode 0, play: trials' means 6, 4, 5 (mean 5); reflections: 10, 4; episode 1: 10, 4
+    assert of_turns("advantage", trials) == [[1, 1, 3, 3], [-1, -3, -3], [0]]
     lamer.compute_advantages([trials], "gigpo", step_weight=2.0)
     # E: G_0(0) = 6, 4, 5 (mean 5), G_0(1) = 10, 4 (mean 7), 0 for reflections
     # P: first turns share an anchor (mean 5), the turn at "b" is alone (0);
@@ -392,13 +391,17 @@ def test_rloo_grpo_and_success_by_hand():
     trials[0].won_in = 1
     lamer.compute_returns(trials, "paper", 1.0, 0.5)
     lamer.compute_advantages([trials], "rloo")
-    # first turns 6, 6, 4, 5: each minus the mean of the three others; else 10, 4
-    advantages = of_turns("advantage", trials)
-    assert np.allclose(advantages[0], [1, 1, 6, 6])
-    assert np.allclose(advantages[1], [4 - 17 / 3, -6, -6])
+    # first episodes, of means 6, 4, 5: each minus the mean of the two other trials; else 10, 4
+    assert of_turns("advantage", trials) == [[1.5, 1.5, 6, 6], [-1.5, -6, -6], [0]]
     lamer.compute_advantages([trials], "grpo")
     std = np.std([6, 6, 4, 5], ddof=1)
-    assert np.allclose(trials[0].turns[0].advantage, 0.75 / (std + 1e-6))
+    assert np.allclose(trials[0].turns[0].advantage, 1 / (std + 1e-6))
+    trials[0].turns[0].ret, trials[0].turns[1].ret = 3.0, 7.0  # of mean 5
+    trials[1].turns[0].ret = 5.0
+    for estimator, scale in (("reinforce", 1), ("rloo", 1), ("grpo", np.std([3, 7, 5, 5], ddof=1))):
+        lamer.compute_advantages([trials], estimator)
+        plain = [turn.advantage * scale for trial in trials for turn in trial.turns[:2]]
+        assert np.allclose(plain[:3], [-2, 2, 0], atol=1e-4), "equal means: plain differences"
     lamer.compute_returns(trials, "paper", 1.0, 0.5, reward="success")
     assert of_turns("ret", trials) == [[5, 5, 10, 10], [0, 0, 0], [0]]
 
@@ -426,6 +429,12 @@ def test_ppo_advantages_by_hand():
 
 
 def test_sets_of_one_or_of_equal_values_give_zero():
+    for estimator in ("reinforce", "rloo", "grpo", "gigpo"):
+        for rewards in ([[0.1]], [[0.1]] * 7):
+            trials = [make_trial([reward]) for reward in rewards]
+            lamer.compute_returns(trials, "paper", 0.95, 0.6)
+            lamer.compute_advantages([trials], estimator)
+            assert of_turns("advantage", trials) == [[0.0]] * len(trials)
     for norm in ("mean", "mean_std", "leave_one_out"):
         assert lamer.center([3.0], norm) == [0.0]
         assert lamer.center([0.1] * 7, norm) == [0.0] * 7
