@@ -558,6 +558,17 @@ def test_same_seed_same_task_and_sticky_done(name):
     assert len({env.reset(seed)[0] for seed in range(20)}) > (0 if name == "lockbox" else 15)
 
 
+def test_neighbouring_seeds_are_independent():
+    env, codes = make_env("lockbox", codes=8), []
+    for seed in range(4000):
+        env.reset(seed)
+        codes.append(env.code)
+    for step in (1, 2, 10):
+        share = np.mean([a == b for a, b in zip(codes, codes[step:], strict=False)])
+        assert abs(share - 1 / 8) < 0.025, "within five standard deviations of chance"
+    assert derive_seed(1, 23) != derive_seed(12, 3)
+
+
 @pytest.mark.parametrize(
     ("name", "winnable"), [("lockbox", 1.0), ("sokoban", 1.0), ("minesweeper", 0.88)]
 )
