@@ -425,8 +425,8 @@ def compute_advantages(
                rloo: minus that of the other trials; grpo: also divided by the standard deviation
                over all these turns.
     gigpo:     E + step_weight * P. E: the member's G_0(n) minus the mean over members that played
-               episode n, 0 for reflections. P: G minus its mean over rows with the same episode,
-               phase and anchor.
+               episode n. P: G minus its mean over rows with the same episode and anchor. For a
+               reflection, which is no step of an episode, P alone, with weight 1.
     ppo:       see `ppo_advantages`.
     """
     norm = NORM_OF.get(estimator, advantage_norm)
@@ -441,7 +441,8 @@ def compute_advantages(
                 subtract_baseline([[turn for _, turn in pairs] for pairs in members], norm)
             continue
         for same in sets_by(lambda turn: (turn.episode, turn.phase, turn.anchor), turns):
-            add_centered(same, [turn.ret for turn in same], norm, step_weight)
+            weight = step_weight if same[0].phase == "play" else 1.0
+            add_centered(same, [turn.ret for turn in same], norm, weight)
         played = [turns for trial in group for turns in trial.episodes_played()]
         for members in sets_by(lambda turns: turns[0].episode, played):
             starts = [turns[0].ret for turns in members]
@@ -696,7 +697,7 @@ def clipped_loss(
     `dual_clip` c > 1 also bounds the loss of a token with negative advantage by -c A, however
     likely it has become; 0 is off. (eq. 5)
     """
-    ratio = (logps - old_logps).exp()
+    ratio = (logps - old_logps).clamp(-20, 20).exp()  # inf * 0 would be NaN
     plain = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip, 1 + clip)
     losses = torch.maximum(plain, clipped)
@@ -750,7 +751,7 @@ def update(
                 loss = losses - config.entropy_coef * entropies + config.kl_coef * ref_kls
                 loss = loss.sum() / num_tokens + errors.sum() / num_turns
                 (loss * world).backward()  # DDP averages over processes; this is a sum
-                change = logps.detach() - old_logps
+                change = (logps.detach() - old_logps).clamp(-20, 20)
                 approx_kls = change.expm1() - change  # k3 of KL(old policy || policy)
                 logged = losses, entropies, is_clipped, approx_kls, ref_kls, errors
                 sums += torch.stack([each.detach().sum().double() for each in logged])

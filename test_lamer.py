@@ -380,8 +380,8 @@ def test_advantages_by_hand():
     lamer.compute_advantages([trials], "gigpo", step_weight=2.0)
     # E: G_0(0) = 6, 4, 5 (mean 5), G_0(1) = 10, 4 (mean 7), 0 for reflections
     # P: first turns share an anchor (mean 5), the turn at "b" is alone (0);
-    #    reflections 10, 4; episode 1 10, 4
-    assert of_turns("advantage", trials) == [[3, 1, 6, 9], [-3, -6, -9], [0]]
+    #    reflections 10, 4, which the weight leaves alone; episode 1 10, 4
+    assert of_turns("advantage", trials) == [[3, 1, 3, 9], [-3, -3, -9], [0]]
     lamer.compute_advantages([trials], "reinforce", advantage_norm="mean_std")
     assert np.allclose(trials[0].turns[2].advantage, 3 / (np.std([10, 4], ddof=1) + 1e-6))
 
@@ -448,6 +448,9 @@ def test_clipped_loss_by_hand():
     # pessimistic: clipped only where it gains
     assert torch.allclose(losses, torch.tensor([-1.2, 1.5, -0.5, 0.8]))
     assert is_clipped.tolist() == [True, False, False, True]
+    far = torch.tensor([0.0, -200.0], requires_grad=True)
+    lamer.clipped_loss(far, torch.tensor([-200.0, 0.0]), torch.zeros(2))[0].sum().backward()
+    assert far.grad.isfinite().all(), "a token that was all but impossible breaks nothing"
     logps = torch.tensor([5.0, 5.0, 1.4]).log()
     advantages = torch.tensor([-1.0, 1.0, 1.0])
     losses, _ = lamer.clipped_loss(logps, old[:3], advantages, 0.5, dual_clip=3.0)
