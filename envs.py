@@ -106,6 +106,14 @@ class Env:
         """Key of the present state for GiGPO's step groups; None takes the observation."""
         return None
 
+    def task_key(self) -> str:
+        """The present task, equal for equal tasks; "": every seed is a task of its own."""
+        return ""
+
+    def num_eval_tasks(self) -> int:
+        """How many tasks there are to evaluate on, where they are a finite list; 0: no end."""
+        return 0
+
     def scripted(self, skill: float, rng: random.Random, memory: Sequence[str] = ()) -> str:
         """A reply of the scripted player.
 
@@ -191,6 +199,9 @@ class Lockbox(Env):
             "points if it is right, else 0), `peek` reveals the code (0 points), `leave` walks "
             "away (1 point). You have solved the task once the box is open."
         )
+
+    def task_key(self) -> str:
+        return f"code {self.code}"
 
     def parse(self, reply: str) -> tuple[str, bool]:
         inside = between(reply, "<action>", "</action>") or ""
@@ -346,6 +357,7 @@ class MineSweeper(Env):
     def start(self, numbers: Sequence[str], shown: Sequence[str]) -> None:
         """Begin an episode on a given board."""
         self.numbers, self.shown, self.turns = numbers, list(shown), 0
+        self.opening = "".join(shown)
         self.lost = set(shown) == {"?"}  # a dead board of the original: every click loses
         self.won = False
 
@@ -380,6 +392,9 @@ class MineSweeper(Env):
         """The board as shown: "Row 1: ? 1 ." and so on."""
         rows = [self.shown[i : i + self.size] for i in range(0, len(self.shown), self.size)]
         return "\n".join(f"Row {r}: " + " ".join(row) for r, row in enumerate(rows, start=1))
+
+    def task_key(self) -> str:
+        return f"{''.join(self.numbers)} {self.opening}"
 
     def rules(self, style: str = "full") -> str:
         if style == "compact":
@@ -768,6 +783,9 @@ class Sokoban(Env):
         cells[self.player] = "S" if cells[self.player] == "O" else "P"
         rows = [cells[i : i + self.size] for i in range(0, len(cells), self.size)]
         return "\n".join(f"{r}: " + " ".join(row) for r, row in enumerate(rows))
+
+    def task_key(self) -> str:
+        return f"{''.join(self.level.base)} {self.level.boxes} {self.level.player}"
 
     def rules(self, style: str = "full") -> str:
         if style == "compact":

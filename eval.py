@@ -29,8 +29,8 @@ from typing import Any
 
 import torch
 
-from envs import EVAL_SEED, make_env
-from lamer import MEMORIES, PastEpisode, Trial
+from envs import EVAL_SEED, derive_seed, make_env
+from lamer import MEMORIES, Trial, print0
 from policy import (
     Recorder,
     load_policy,
@@ -88,6 +88,7 @@ PROMPTING = {
     "reflexion": dict(style="full", memory="reflection"),
 }
 EVAL_PY_DRAWS = 2**33  # in the place of a step: draws that no training run has made
+EVAL_PY_SEED = EVAL_SEED + 2**30  # tasks that no training run has met, not even in its evaluations
 
 
 def wilson(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
@@ -101,19 +102,21 @@ def wilson(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, center - half), min(1.0, center + half)
 
 
-def donors(trials: Sequence[Trial], episodes: int) -> list[list[PastEpisode]]:
-    """For every trial the memory of another task, one that failed in all episodes but the last."""
+def donors(trials: Sequence[Trial], episodes: int, seed: int) -> list[Trial]:
+    """For every trial one of another task, whose memory it gets in the place of its own.
+
+    Drawn among those that failed in all episodes but the last, so that they have all of it.
+    """
     full = [trial for trial in trials if len(trial.past) == episodes - 1]
-    if len({trial.seed for trial in full}) < 2:
+    if len({trial.task_key for trial in full}) < 2:
         raise ValueError(
             f"--memory swapped needs two tasks that fail {episodes - 1} times; use more --num_tasks"
         )
+    random.Random(derive_seed("donors", seed)).shuffle(full)
     chosen = []
     for i, trial in enumerate(trials):
-        donor = full[i % len(full)]
-        if donor.seed == trial.seed:
-            donor = full[(i + 1) % len(full)]
-        chosen.append(donor.past)
+        following = [full[(i + k) % len(full)] for k in range(len(full))]
+        chosen.append(next(each for each in following if each.task_key != trial.task_key))
     return chosen
 
 
@@ -196,7 +199,7 @@ def prepare(argv: Sequence[str]) -> tuple[dict[str, Any], Config, str]:
     else:
         if given.get("env", saved["env"]) != saved["env"]:  # another game: lengths of its own
             other = make_config(env=given["env"], model=source, env_options=env_options)
-            for name in ("episodes", "max_prompt", "max_reply"):
+            for name in ("episodes", "max_prompt", "max_reply", "gamma_step", "gamma_traj"):
                 saved[name] = getattr(other, name)
             env_options = other.env_options
         elif "data" not in env_options:  # genuine tasks have no use for the sizes of generated ones
@@ -221,19 +224,24 @@ def main(argv: Sequence[str]) -> None:
     try:
         given, config, source = prepare(argv)
         num_tasks = given.get("num_tasks", EvalConfig.num_tasks)
+        limit = make_env(config.env, **config.env_options).num_eval_tasks()
+        if limit and limit < num_tasks:
+            print0(f"{config.env} has {limit} tasks for evaluation: each is played once")
+            num_tasks = limit
         model, chat = load_policy(source, getattr(torch, config.dtype), config.device)
         sampler = make_sampler(config, model, chat, count_slots(config, model, num_tasks))
     except ValueError as error:
         sys.exit(f"eval.py: {error}")
     how = {name: given[name] for name in ("temperature", "top_p", "top_k") if name in given}
     sampling = eval_sampling(config, seed=given.get("seed", 0), step=EVAL_PY_DRAWS, **how)
-    seeds = [EVAL_SEED + i for i in range(num_tasks)]
+    seeds = [EVAL_PY_SEED + i for i in range(num_tasks)]
     trials = rollout(config, sampler, seeds, range(num_tasks), sampling)
     if given.get("memory") == "swapped":  # once more, with the memory of these
         try:
-            borrowed = donors(trials, config.episodes)
+            lenders = donors(trials, config.episodes, sampling.seed)
         except ValueError as error:
             sys.exit(f"eval.py: {error}")
+        borrowed = [lender.past for lender in lenders]
         trials = rollout(config, sampler, seeds, range(num_tasks), sampling, borrowed)
 
     memory = given.get("memory", config.memory)
@@ -248,6 +256,10 @@ def main(argv: Sequence[str]) -> None:
         "top_p": sampling.top_p,
         "top_k": sampling.top_k,
         **result(config, trials),
+        "num_different_tasks": len({trial.task_key for trial in trials}),
+        "tasks": [
+            {"seed": trial.seed, "key": trial.task_key, "won_in": trial.won_in} for trial in trials
+        ],
     }
     temperature = f"temperature {sampling.temperature:g}"
     print(f"{config.env}, {num_tasks} tasks, {temperature}, success with 95% interval\n")
@@ -257,6 +269,15 @@ def main(argv: Sequence[str]) -> None:
     print(table_row(f"{Path(source).name}, {name}", row))
     for kind, success in row.get("success_by_type", {}).items():
         print(f"  {kind:26s}" + "".join(f"{share:22.1%}" for share in success))
+    if row["num_different_tasks"] < num_tasks:
+        print(f"  of these tasks {row['num_different_tasks']} are different")
+    if row["shortened"]:
+        print(f"  {row['shortened']} prompts were shortened to --max_prompt {config.max_prompt}")
+    if memory == "swapped":
+        row["num_donors"] = len({lender.seed for lender in lenders})
+        print(f"  memory of {row['num_donors']} trials of other tasks")
+        if config.env == "lockbox":
+            print("  another box has another code: who follows the memory never wins")
     if "task_score" in row:
         print(f"  mean task score {row['task_score']:.3f}")
     scripted = play_scripted(config, seeds)

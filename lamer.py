@@ -80,8 +80,9 @@ class PastEpisode(NamedTuple):
 class Trial:
     """Up to N episodes of one task by one agent."""
 
-    seed: int  # the task
+    seed: int  # of the task
     episodes: int  # N, as planned; a trial ends earlier at the first success
+    task_key: str = ""  # equal for equal tasks, whatever their seeds
     turns: list[Turn] = field(default_factory=list)
     past: list[PastEpisode] = field(default_factory=list)  # what later episodes can see
     won_in: int | None = None  # the episode that solved the task
@@ -163,6 +164,7 @@ def run_trial(
     trial = Trial(seed, episodes)
     for episode in range(episodes):
         initial, _ = env.reset(seed=seed)
+        trial.task_key = env.task_key() or f"seed {seed}"
         past = trial.past if borrowed is None else borrowed[:episode]
         observation, records, done = initial, [], False
         while not done:

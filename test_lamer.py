@@ -753,13 +753,36 @@ def test_borrowed_memory_replaces_the_own():
     replies = ["<action>x</action>"] * 5 + ["<remark>own note</remark>", "<action>y</action>"]
     prompts, _ = talk(run_trial(Counter(), 7, 2, Letters(), borrowed=other), *replies)
     assert "note of another" in prompts[-1][1] and "own note" not in prompts[-1][1]
-    trials = [make_trial([[0], [0]], seed=seed) for seed in (1, 2, 3)]
+
+
+def test_donors_are_trials_of_other_tasks():
+    trials = [make_trial([[0], [0]], seed=seed) for seed in range(40)]
     for trial in trials:
         trial.past = [PastEpisode([], str(trial.seed))]
-    given = evaluation.donors(trials, 2)
-    assert all(own.past != borrowed for own, borrowed in zip(trials, given, strict=True))
+        trial.task_key = f"task {trial.seed % 4}"  # a finite list: seeds repeat its tasks
+    trials[39].past = []  # solved at once: no memory to lend
+    chosen = evaluation.donors(trials, 2, seed=0)
+    pairs = [*zip(trials, chosen, strict=True)]
+    assert all(trial.task_key != donor.task_key for trial, donor in pairs)
+    assert all(donor.past for donor in chosen) and len({donor.seed for donor in chosen}) > 20
+    assert chosen != evaluation.donors(trials, 2, seed=1)
     with pytest.raises(ValueError, match="swapped"):
-        evaluation.donors(trials[:1], 2)
+        evaluation.donors(trials[::4], 2, seed=0)
+
+
+@pytest.mark.parametrize("name", ["lockbox", "minesweeper", "sokoban"])
+def test_a_task_key_tells_tasks_apart(name):
+    options = dict(minesweeper=dict(size=3, mines=1), sokoban=dict(size=5, boxes=1))
+    env, starts, keys = make_env(name, **options.get(name, {})), {}, set()
+    for seed in range(60):
+        initial, _ = env.reset(seed)
+        hidden = env.code if name == "lockbox" else env.numbers if name == "minesweeper" else ""
+        state = f"{initial} {hidden}"
+        assert starts.setdefault(state, env.task_key()) == env.task_key()
+        env.step(env.parse(env.scripted(0.5, random.Random(seed)))[0])
+        assert starts[state] == env.task_key(), "the key is that of the task, not of the state"
+        keys.add(env.task_key())
+    assert len(keys) == len(starts) < 60
 
 
 # --------------------------------------------------------------------------- the sampler
@@ -1911,10 +1934,16 @@ def test_eval_command(finished_run, tmp_path):
     for share, (low, high) in zip(result["success"], result["ci95"], strict=True):
         assert low <= share <= high
     assert evaluation.wilson(0, 10) == pytest.approx((0, 0.2775), abs=1e-3)
+    seeds = [task["seed"] for task in result["tasks"]]
+    assert len({*seeds}) == 16 and min(seeds) >= EVAL_SEED + 2**30, "no task of training's own"
+    won = [sum(task["won_in"] == k for task in result["tasks"]) / 16 for k in range(3)]
+    assert np.allclose(np.cumsum(won), result["success"])
+    assert result["num_different_tasks"] == len({task["key"] for task in result["tasks"]})
     for memory in ("none", "swapped"):
         evaluation.main([*flags, "--memory", memory])
         again = json.loads(file.read_text())
         assert again["memory"] == memory
+        assert memory == "none" or again["num_donors"] > 8
         same = again["success"][0] == result["success"][0]
         assert same, "the first episode has no memory to swap or to lose"
 
@@ -1930,6 +1959,16 @@ class Coin:
         won = action == "heads"
         return "It was heads.", float(won), True, False, {"won": won}
 '''
+
+
+def test_a_finite_list_of_tasks_is_played_once(finished_run, tmp_path, capfd):
+    three = MY_GAME + "\n    def num_eval_tasks(self):\n        return 3\n"
+    (tmp_path / "game.py").write_text(three)
+    flags = ["--model", str(finished_run), "--env", f"{tmp_path}/game.py:Coin"]
+    evaluation.main([*flags, "--num_tasks", "9", "--json", str(tmp_path / "three.json")])
+    assert "3 tasks for evaluation" in capfd.readouterr().err
+    row = json.loads((tmp_path / "three.json").read_text())
+    assert row["num_tasks"] == len(row["tasks"]) == 3
 
 
 MISTAKES = [

@@ -754,7 +754,9 @@ def evaluate(config: Config, run: Run, step: int) -> tuple[dict[str, Any], list[
     """Success on fixed tasks, spread over the processes. RL policies get three attempts."""
     if config.episodes == 1:
         config = replace(config, episodes=3)
-    trial_ids = list(range(config.eval_tasks))[run.rank :: run.world]
+    limit = make_env(config.env, **config.env_options).num_eval_tasks()  # 0: no end of tasks
+    num_tasks = min(config.eval_tasks, limit or config.eval_tasks)
+    trial_ids = list(range(num_tasks))[run.rank :: run.world]
     sampling = eval_sampling(config, seed=config.seed, step=EVAL_DRAWS + step)
     seeds = [EVAL_SEED + i for i in trial_ids]
     trials = rollout(config, run.sampler, seeds, trial_ids, sampling)

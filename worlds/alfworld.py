@@ -983,9 +983,16 @@ class AlfWorld(Env):
             game = make_game(seed, self.tasks, *self.size, self.scenes[split])
         else:
             games = self.games[split]
-            game = load_game(*games[seed % len(games)])
+            self.file = games[seed % len(games)]
+            game = load_game(*self.file)
         self.start(game)
         return self.observation, self.info()
+
+    def task_key(self) -> str:
+        return "" if self.games is None else " ".join(self.file)
+
+    def num_eval_tasks(self) -> int:
+        return 0 if self.games is None else len(self.games[1])
 
     def start(self, game: Game) -> None:
         """Begin an episode of a given game."""

@@ -1018,6 +1018,12 @@ class WebShop(Env):
         observation = self.text() if self.compact else f"{self.task}\n{self.text()}"
         return observation, {"won": False, "task_score": 0.0}
 
+    def task_key(self) -> str:
+        return f"{self.goal.product.asin} {self.goal.text}"
+
+    def num_eval_tasks(self) -> int:
+        return len(self.validation)
+
     def draw_visit(self) -> None:
         """The original's draw of another visit, at the beginning and after every purchase."""
         self.visit_name = "".join(self.rng.choices(string.ascii_lowercase, k=10))
