@@ -55,7 +55,13 @@ def load_policy(name: str, dtype: torch.dtype, device: str) -> tuple[Any, Chat]:
         for key, value in vars(shape).items():
             if isinstance(value, float) and ("dropout" in key or key.endswith("pdrop")):
                 setattr(shape, key, 0.0)
-        model = AutoModelForCausalLM.from_pretrained(name, config=shape, dtype=dtype)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            name, config=shape, dtype=dtype, output_loading_info=True
+        )
+        # transformers fills in random values for what is missing, and only warns.
+        for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            if found[problem]:
+                raise ValueError(f"{problem.replace('_', ' ')}: {sorted(found[problem])[0]}")
         model = model.to(device).eval()
         tokenizer = AutoTokenizer.from_pretrained(name)
         check_logits(model)

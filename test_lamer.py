@@ -30,6 +30,7 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import (
@@ -438,6 +439,15 @@ def test_sets_of_one_or_of_equal_values_give_zero():
     for norm in ("mean", "mean_std", "leave_one_out"):
         assert lamer.center([3.0], norm) == [0.0]
         assert lamer.center([0.1] * 7, norm) == [0.0] * 7
+
+
+def test_the_share_without_advantage_by_hand():
+    config = train.make_config(env="lockbox", device="cpu", estimator="reinforce", group_size=3)
+    trials = [*three_trials(), *[make_trial([[1], [2]])] * 3]  # the second task teaches nothing
+    trials[0].turns[0].is_valid = False  # a penalty is no signal of the group
+    shares = train.assign_credit(config, None, trials)
+    # first episodes: 5, 5.95 and 3.4, 5 with no turn at its trials' mean; 3 of 7 turns are the same
+    assert shares == {"play 1": 3 / 7, "reflect 1": 3 / 5, "play 2": 3 / 5}
 
 
 def test_clipped_loss_by_hand():
@@ -1812,8 +1822,11 @@ def test_a_run_leaves_what_was_promised(finished_run):
     log = rows(finished_run / "metrics.jsonl")
     assert [row["step"] for row in log] == [1, 2, 3, 4]
     keys = ["step", "success", "return", "valid", "seconds", "tokens_per_second"]
-    keys += ["peak_gb", "entropy", "clip_fraction", "approx_kl"]
+    keys += ["peak_gb", "entropy", "clip_fraction", "approx_kl", "zero_advantage"]
     assert all(key in row for row in log for key in keys)
+    for row in log:
+        assert all(0 <= share <= 1 for share in row["zero_advantage"].values())
+        assert {"play 1", "reflect 1", "play 3"} <= {*row["zero_advantage"]}
     assert len(log[0]["success"]) == 3 and set(log[0]["seconds"]) >= {"rollout", "update"}
     assert [row["step"] for row in rows(finished_run / "evals.jsonl")] == [0, 2, 4]
     assert "episode 1, play" in (finished_run / "trials_000004.txt").read_text()
@@ -1991,6 +2004,14 @@ MISTAKES = [
     ("train.py --env lockbox --model ./nowhere", "./nowhere"),
     ("train.py --env lockbox --model {broken}", "cannot be loaded"),
     ("train.py --model {checkpoint} --env minesweeper --max_prompt 10", "--max_prompt is 10"),
+    ("train.py --model {short} --env minesweeper", "missing keys: model.layers.1"),
+    ("train.py --env lockbox --lr nan", "--lr must be a finite number"),
+    ("train.py --env lockbox --lr inf", "--lr must be a finite number"),
+    ("train.py --env lockbox --gamma_traj 1.5", "--gamma_traj must be at most 1"),
+    ("train.py --env lockbox --grad_clip -1", "--grad_clip must be above 0"),
+    ("train.py --env lockbox --clip 0", "--clip must be above 0"),
+    ("train.py --env lockbox --device tpu", "--device must be one of cpu, cuda"),
+    ("train.py --env webshop --data nowhere --warm_steps 100000", "nowhere"),
     ("train.py --resume {empty}", "no complete checkpoint"),
     ("train.py --resume {run} --env lockbox", "cannot become lockbox"),
     ("train.py --resume {run} --lr 1", "cannot become 1"),
@@ -2018,10 +2039,15 @@ def test_mistakes_end_in_one_clear_line(finished_run, tmp_path, monkeypatch):
     shutil.copytree(checkpoint, broken)
     weights = broken / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    short = shutil.copytree(checkpoint, tmp_path / "short")
+    weights = short / "model.safetensors"
+    kept = {k: v for k, v in load_file(weights).items() if ".layers.1." not in k}
+    save_file(kept, weights, metadata={"format": "pt"})
     (tmp_path / "empty").mkdir()
     (tmp_path / "game.py").write_text(MY_GAME)
     places = dict(run=finished_run, checkpoint=checkpoint, file=checkpoint / "config.json")
     places |= dict(empty=tmp_path / "empty", broken=broken, game=tmp_path / "game.py")
+    places["short"] = short
     monkeypatch.chdir(tmp_path)
     for command, expected in MISTAKES:
         name, *flags = command.format(**places).split()

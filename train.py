@@ -24,6 +24,7 @@ import argparse
 import copy
 import inspect
 import json
+import math
 import os
 import re
 import shutil
@@ -242,7 +243,9 @@ def check_limits(cls: type, options: dict[str, Any]) -> None:
     """Raise a ValueError for an option outside of what its field of the dataclass allows."""
     for each in fields(cls):
         value, limits = options.get(each.name, each.default), each.metadata
-        if "choices" in limits and each.name in options and value not in limits["choices"]:
+        if isinstance(value, float) and not math.isfinite(value):
+            problem = "be a finite number"
+        elif "choices" in limits and each.name in options and value not in limits["choices"]:
             problem = f"be one of {', '.join(limits['choices'])}"
         elif "least" in limits and not value >= limits["least"]:
             problem = f"be at least {limits['least']}"
@@ -392,8 +395,10 @@ def prepare(argv: Sequence[str]) -> tuple[Config, dict[str, Any], int]:
     given = parse_flags(Config, argv, __doc__)
     if not given.get("resume"):
         config = make_config(**given)
+        env = make_env(config.env, **config.env_options)
+        env.reset(seed=EVAL_SEED)  # data and options are checked before a long warm start
         if not config.out:
-            stem = Path("runs", make_env(config.env, **config.env_options).name)
+            stem = Path("runs", env.name)
             numbers = (Path(f"{stem}-{i}") for i in range(1, 10**6))
             config.out = str(next(path for path in numbers if not path.exists()))
         elif checkpoints(config.out):
@@ -697,8 +702,8 @@ def task_seeds(config: Config, trial_ids: Sequence[int], step: int) -> list[int]
     return [derive_seed("task", config.seed, step, group) % EVAL_SEED for group in groups]
 
 
-def assign_credit(config: Config, policy: Policy, trials: Sequence[Trial]) -> None:
-    """Returns across episodes (eq. 2 and 3), then advantages (eq. 4)."""
+def assign_credit(config: Config, policy: Policy, trials: Sequence[Trial]) -> dict[str, float]:
+    """Returns across episodes (eq. 2 and 3), then advantages (eq. 4); returns `zero_shares`."""
     discounts = config.gamma_step, config.gamma_traj
     lamer.compute_returns(trials, config.credit, *discounts, config.reward)
     size = config.group_size
@@ -706,13 +711,32 @@ def assign_credit(config: Config, policy: Policy, trials: Sequence[Trial]) -> No
     how = config.estimator, config.advantage_norm, config.step_weight
     if config.preset == "official":
         lamer.official_advantages(groups, *how, config.invalid_penalty, config.reward)
-        return
+        return zero_shares(config, trials)
     if config.estimator == "ppo":
         lamer.compute_values(policy, trials, config.microbatch_tokens)
         lamer.ppo_advantages(trials, *discounts, config.gae_lambda)
     else:
         lamer.compute_advantages(groups, *how)
+    shares = zero_shares(config, trials)
     lamer.penalize_invalid(trials, config.invalid_penalty, config.device)
+    return shares
+
+
+def zero_shares(config: Config, trials: Sequence[Trial]) -> dict[str, float]:
+    """By phase and episode, the share of turns whose advantage is exactly 0, but for penalties.
+
+    They teach nothing: all trials of the task did equally well there. Near 1, tasks are too easy
+    or too hard, or the policy no longer varies.
+    """
+    names = [f"{phase} {n + 1}" for n in range(config.episodes) for phase in ("play", "reflect")]
+    counts = {name: [0, 0] for name in names}  # zeros, turns
+    for turn in [turn for trial in trials for turn in trial.turns]:
+        count = counts[f"{turn.phase} {turn.episode + 1}"]
+        count[0] += 1 if turn.advantage == 0 else 0
+        count[1] += 1
+    sums = all_reduce_sum([number for pair in counts.values() for number in pair], config.device)
+    pairs = zip(names, sums[::2], sums[1::2], strict=True)
+    return {name: zeros / num_turns for name, zeros, num_turns in pairs if num_turns}
 
 
 MINIBATCH_DRAW = 1 << 40  # in the place of a token's number: the draw of a turn's mini-batch
@@ -798,7 +822,7 @@ def main(argv: Sequence[str]) -> None:
         trials = rollout(config, run.sampler, seeds, trial_ids, sampling)
         clock.append(time.perf_counter())
 
-        assign_credit(config, run.policy, trials)
+        shares = assign_credit(config, run.policy, trials)
         clock.append(time.perf_counter())
 
         minibatches = deal_minibatches(config, trials, trial_ids, step)
@@ -807,6 +831,7 @@ def main(argv: Sequence[str]) -> None:
         clock.append(time.perf_counter())
 
         row = {"step": step + 1, **summarize(trials, config), **stats}
+        row["zero_advantage"] = shares
         spent = [round(end - begin, 3) for begin, end in pairwise(clock)]
         row["seconds"] = dict(zip(("rollout", "credit", "update"), spent, strict=True))
         row["tokens_per_second"] = round(row["reply_tokens"] / spent[0])
