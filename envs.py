@@ -164,7 +164,7 @@ class Lockbox(Env):
     novice_care = 0.7  # how often the novice writes down a code it saw, and follows a written one
 
     def __init__(self, codes: int = 8):
-        require(codes >= 2, f"lockbox needs at least 2 codes, got --codes {codes}")
+        require(2 <= codes <= 10**6, f"lockbox has 2 to a million codes, got --codes {codes}")
         self.codes = codes
 
     def reset(self, seed: int) -> tuple[str, dict[str, Any]]:
@@ -889,4 +889,28 @@ def make_env(name: str, **options: Any) -> Env:
             takes_all or option in allowed,
             f"--{option} does not apply to {name}; its options are: {known}",
         )
+    for option, parameter in allowed.items():
+        is_needed = parameter.default is parameter.empty and parameter.kind not in (
+            parameter.VAR_KEYWORD,
+            parameter.VAR_POSITIONAL,
+        )
+        require(not is_needed or option in options, f"--env {name} needs a value for --{option}")
     return cls(**options)
+
+
+def check_env(name: str, env: Env) -> None:
+    """Play one turn; ValueError in one line if the environment does not keep to the interface."""
+    try:
+        observation, info = env.reset(seed=EVAL_SEED)
+        action, _ = env.parse("")
+        after, reward, _, _, step_info = env.step(action)
+        is_text = isinstance(observation, str) and isinstance(after, str)
+        require(is_text, "observations are not text")
+        require(isinstance(info, dict) and isinstance(step_info, dict), "info is not a dict")
+        float(reward)
+    except (Exception, SystemExit) as error:
+        problem = next(iter(str(error).splitlines()), "")
+        raise ValueError(
+            f"--env {name}: reset(seed) must give (text, info), step(action) (text, reward, "
+            f"terminated, truncated, info); trying them: {type(error).__name__}: {problem}"
+        ) from error

@@ -42,10 +42,11 @@ from policy import (
 from sampler import make_sampler, rollout, summarize
 from train import (
     DTYPES,
+    MOST_SEED,
     SAMPLERS,
     Config,
-    check_config,
     check_limits,
+    config_from,
     count_slots,
     default_device,
     eval_sampling,
@@ -66,11 +67,11 @@ class EvalConfig:
         "", "a baseline's prompts and memory", choices=("zero-shot", "react", "reflexion")
     )
     episodes: int = option(3, "attempts per task; as in training, 3 for RL policies", least=1)
-    num_tasks: int = option(256, "fixed tasks", least=1)
+    num_tasks: int = option(256, "fixed tasks", least=1, most=10**6)
     temperature: float = option(1.0, "1 for the tiny policy, else 0.7 (paper); 0: likeliest token")
     top_p: float = option(1.0, "1 for the tiny policy, else 0.8 (paper)")
     top_k: int = option(0, "0 (off) for the tiny policy, else 20 (paper)", least=0)
-    seed: int = option(0, "of the sampling; the tasks stay the same", least=0)
+    seed: int = option(0, "of the sampling; the tasks stay", least=0, most=MOST_SEED)
     json: str = option("", "write the result to this file")
     show: int = option(0, "print this many trials", least=0)
     sampler: str = option("continuous", "or generate", choices=SAMPLERS)
@@ -174,6 +175,8 @@ def prepare(argv: Sequence[str]) -> tuple[dict[str, Any], Config, str]:
         raise ValueError(f"--top_p must be above 0 and at most 1, got {given['top_p']}")
     if "json" in given and not Path(given["json"]).absolute().parent.is_dir():
         raise ValueError(f"--json {given['json']}: there is no such folder")
+    if "json" in given and Path(given["json"]).is_dir():
+        raise ValueError(f"--json {given['json']} is a folder; name a file")
     if "prompting" in given and "memory" in given:
         raise ValueError("--prompting sets the memory itself; leave out --memory")
     source = newest_checkpoint(given["model"])
@@ -205,7 +208,7 @@ def prepare(argv: Sequence[str]) -> tuple[dict[str, Any], Config, str]:
         elif "data" not in env_options:  # genuine tasks have no use for the sizes of generated ones
             env_options = saved["env_options"] | env_options
         saved |= {"device": default_device()}
-        config = check_config(Config(**saved | changes | {"env_options": env_options}))
+        config = config_from(saved, **changes | {"env_options": env_options})
     if "prompting" in given:
         if config.style == "compact":
             raise ValueError(

@@ -64,6 +64,8 @@ def load_policy(name: str, dtype: torch.dtype, device: str) -> tuple[Any, Chat]:
                 raise ValueError(f"{problem.replace('_', ' ')}: {sorted(found[problem])[0]}")
         model = model.to(device).eval()
         tokenizer = AutoTokenizer.from_pretrained(name)
+        if not tokenizer.encode("a", add_special_tokens=False):  # transformers makes an empty one
+            raise ValueError("there is no tokenizer")
         check_logits(model)
     except Exception as error:  # transformers, safetensors and the hub have exceptions of their own
         raise ValueError(f"--model {name} cannot be loaded: {reason(error)}") from error
@@ -73,7 +75,8 @@ def load_policy(name: str, dtype: torch.dtype, device: str) -> tuple[Any, Chat]:
 
 def reason(error: Exception) -> str:
     """An exception in one line. A full disk is an OSError, RuntimeError or SafetensorError."""
-    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
+    line = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {line[:120]}"
 
 
 @torch.no_grad()
@@ -102,7 +105,14 @@ def save_policy(folder: Path, model: Any, tokenizer: Any, config: Any, step: int
 def saved_config(folder: str | None) -> dict[str, Any]:
     """The options saved beside a checkpoint; empty for a hub name or a foreign folder."""
     path = Path(folder or "", "lamer.json")
-    return json.loads(path.read_text())["config"] if folder and path.is_file() else {}
+    if not folder or not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text())["config"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} cannot be read ({reason(error)}); take another checkpoint"
+        ) from error
 
 
 def checkpoints(run: str | Path) -> dict[int, Path]:
@@ -218,6 +228,8 @@ def warm_policy(config: Any) -> Path:
     when to explore, and how far to trust memory, is left to RL.
     """
     env = make_env(config.env, **config.env_options)
+    if config.tiny_hidden % 8:
+        raise ValueError(f"--tiny_hidden must be a multiple of 8, not {config.tiny_hidden}")
     if not env.has_scripted_player():
         raise ValueError(
             f"{env.name} has no scripted player, which the tiny policy learns from; give another "

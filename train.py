@@ -56,7 +56,7 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 import lamer
-from envs import EVAL_SEED, derive_seed, env_class, make_env
+from envs import EVAL_SEED, check_env, derive_seed, env_class, make_env
 from lamer import MEMORIES, Policy, Trial, Turn, all_reduce_sum, print0, unwrap, world_size
 from policy import (
     checkpoints,
@@ -92,6 +92,7 @@ def option(default: Any, meaning: str, **limits: Any) -> Any:
 STYLES = ("full", "direct", "compact")
 SAMPLERS = ("continuous", "generate")
 DTYPES = ("float32", "bfloat16")
+MOST_SEED = 2**32 - 1
 
 
 @dataclass
@@ -106,12 +107,14 @@ class Config:
     model: str = option("Qwen/Qwen3-4B", "a folder, a hub name, or tiny")
     out: str = option("", "run folder; empty: runs/<env>-<number>")
     resume: str = option("", "run folder to go on with")
-    seed: int = option(0, "everything random in the run follows from it", least=0)
+    seed: int = option(0, "everything random in the run follows from it", least=0, most=MOST_SEED)
     steps: int = option(300, "training steps", least=0)
     # the trial
     episodes: int = option(3, "N, episodes per trial; 1 is the RL baseline", least=1)
-    num_tasks: int = option(16, "tasks per step, over all processes", least=1)
-    group_size: int = option(8, "trials per task, which advantages compare; 24 for RL", least=2)
+    num_tasks: int = option(16, "tasks per step, over all processes", least=1, most=100_000)
+    group_size: int = option(
+        8, "trials per task, which advantages compare; 24 for RL", least=2, most=10_000
+    )
     memory: str = option("reflection", "what later episodes see of a failed one", choices=MEMORIES)
     style: str = option("full", "prompts; direct: no reasoning, compact: tiny", choices=STYLES)
     # credit
@@ -204,6 +207,7 @@ TINY_ENV_RECIPES = {
 # What may change when a run is resumed: nothing that changes the numbers, but for how long it goes.
 RESUME_OPTIONS = ("steps", "eval_every", "save_every", "keep", "device", "slots")
 RESUME_OPTIONS += ("microbatch_tokens", "grad_checkpoint")
+LOGS = ("metrics.jsonl", "evals.jsonl")
 
 
 def recipe(env: str, model: str) -> dict[str, Any]:
@@ -304,7 +308,8 @@ def env_flags(env: str) -> dict[str, Flag]:
             kind = typing.get_args(kind)[0]
         if kind in (int, float, str, bool):
             line = re.search(rf"^ *{name}: (.*)$", inspect.getdoc(cls) or "", re.M)
-            flags[name] = Flag(kind, parameter.default, line[1] if line else "")
+            default = None if parameter.default is parameter.empty else parameter.default
+            flags[name] = Flag(kind, default, line[1] if line else "")
     return flags
 
 
@@ -374,17 +379,18 @@ def add_flags(group: Any, flags: dict[str, Flag]) -> None:
 
 def describe(config: Config, given: dict[str, Any]) -> str:
     """The options, a line each for yours, those of recipes, and those left as in the paper."""
-    lines = {"given": [], "by recipe": [], "as in the paper": []}
+    changed = "of that run" if config.resume else "by recipe"
+    lines = {"given": [], changed: [], "as in the paper": []}
     for each in fields(Config):
         value = getattr(config, each.name)
         if each.name == "env_options":
             own = given.get("env_options", {})
             for name, choice in value.items():
-                lines["given" if name in own else "by recipe"].append(f"{name}={choice}")
+                lines["given" if name in own else changed].append(f"{name}={choice}")
         elif each.name in given:
             lines["given"].append(f"{each.name}={value}")
         elif value != each.default:
-            lines["by recipe"].append(f"{each.name}={value}")
+            lines[changed].append(f"{each.name}={value}")
         elif value != "":
             lines["as in the paper"].append(f"{each.name}={value}")
     return "\n".join(f"{kind}: {' '.join(words)}" for kind, words in lines.items() if words)
@@ -396,7 +402,7 @@ def prepare(argv: Sequence[str]) -> tuple[Config, dict[str, Any], int]:
     if not given.get("resume"):
         config = make_config(**given)
         env = make_env(config.env, **config.env_options)
-        env.reset(seed=EVAL_SEED)  # data and options are checked before a long warm start
+        check_env(config.env, env)  # before a long warm start
         if not config.out:
             stem = Path("runs", env.name)
             numbers = (Path(f"{stem}-{i}") for i in range(1, 10**6))
@@ -406,12 +412,21 @@ def prepare(argv: Sequence[str]) -> tuple[Config, dict[str, Any], int]:
                 f"--out {config.out} holds a run already; --resume it, or choose another folder"
             )
         return config, given, 0
-    run = given["resume"]
-    done = checkpoints(run)
+    run, done = Path(given["resume"]), checkpoints(given["resume"])
+    if (run / "lamer.json").is_file():  # RUN/step_N: go on from there, as another run
+        done, run = {int(run.name[5:]): run}, run.parent
+        if "out" not in given:
+            raise ValueError(
+                f"--resume {given['resume']} needs a new folder to go on in: --out NEW"
+            )
     if not done:
         raise ValueError(f"--resume {run}: no complete checkpoint there")
-    saved = saved_config(str(done[max(done)]))
-    options = {k: v for k, v in given.items() if k not in ("resume", "env_options")}
+    if "out" in given and checkpoints(given["out"]):
+        raise ValueError(f"--out {given['out']} holds a run already; choose another folder")
+    step = max(done)
+    saved = saved_config(str(done[step]))
+    out = given.get("out", str(run))
+    options = {k: v for k, v in given.items() if k not in ("resume", "out", "env_options")}
     defaults = {name: flag.default for name, flag in env_flags(saved["env"]).items()}
     for name, value in (options | given.get("env_options", {})).items():
         before = (defaults | saved | saved["env_options"]).get(name)
@@ -419,8 +434,16 @@ def prepare(argv: Sequence[str]) -> tuple[Config, dict[str, Any], int]:
             raise ValueError(
                 f"--resume {run}: that run has --{name} {before}, which cannot become {value}"
             )
-    config = Config(**{**saved, **options, "out": run, "resume": run})
-    return check_config(config), given, max(done)
+    config = config_from(saved, **options | {"out": out, "resume": str(done[step])})
+    return config, given, step
+
+
+def config_from(saved: dict[str, Any], **changes: Any) -> Config:
+    """The saved options of a run with these changes; ValueError for those of another version."""
+    unknown = [name for name in saved if name not in {each.name for each in fields(Config)}]
+    if unknown or "env_options" not in saved:
+        raise ValueError(f"saved by another version of lamer (options {unknown}); use that one")
+    return check_config(Config(**saved | changes))
 
 
 # ------------------------------------------------------------- set-up: processes, model, optimizer
@@ -437,7 +460,7 @@ class Run(NamedTuple):
     world: int
 
 
-def start_run(config: Config, done: int) -> Run:
+def start_run(config: Config) -> Run:
     """Set up processes, policy, optimizer and sampler; ValueError for what the user can mend."""
     rank, world = start_processes(config)
     if rank == 0:
@@ -454,7 +477,7 @@ def start_run(config: Config, done: int) -> Run:
         if world > 1:
             dist.barrier()
         start = str(warm_policy(config))
-    source = str(checkpoints(config.resume)[done]) if config.resume else start
+    source = config.resume or start  # of a resumed run its checkpoint
 
     is_bf16 = config.dtype == "bfloat16"
     model, chat = load_policy(source, torch.float32, config.device)
@@ -477,6 +500,8 @@ def start_run(config: Config, done: int) -> Run:
         )
         for _ in range(2):  # DDP rebuilds its buckets after the first: now, while memory is free
             lamer.synchronize(policy)
+    if rank == 0:
+        check_disk(config, model.num_parameters())
     slots = count_slots(config, model, config.num_tasks // world * config.group_size, world)
     sampler = make_sampler(config, sampling_model, chat, slots)
     return Run(policy, optimizer, sampler, reference, rank, world)
@@ -648,6 +673,17 @@ def save_checkpoint(config: Config, run: Run, step: int) -> None:
         raise OSError(f"cannot save {folder}: {problem or 'another process failed'}")
 
 
+def check_disk(config: Config, num_weights: int) -> None:
+    """ValueError if not even one checkpoint fits on the disk: weights and two moments in fp32."""
+    need, free = 12 * num_weights / 1e9, shutil.disk_usage(config.out).free / 1e9
+    if need > free:
+        raise ValueError(
+            f"--out {config.out}: a checkpoint takes {need:.1f} GB, {free:.1f} are free"
+        )
+    if (config.keep + 1) * need > free:
+        print0(f"{config.keep + 1} checkpoints of {need:.1f} GB do not fit into {free:.1f} free GB")
+
+
 def own_moments(
     policy: Policy, optimizer: torch.optim.Optimizer
 ) -> dict[str, dict[str, torch.Tensor]]:
@@ -660,7 +696,10 @@ def load_moments(policy: Policy, optimizer: torch.optim.Optimizer, folder: Path)
     """Take up what any number of processes saved with `own_moments`."""
     saved = {}
     for path in folder.glob("optimizer_*.pt"):
-        saved |= torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        try:
+            saved |= torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except Exception as error:
+            raise ValueError(f"{path} cannot be read: {reason(error)}") from error
     names = {weight: name for name, weight in policy.named_parameters()}
     adamw = local(optimizer)
     for weight in [weight for group in adamw.param_groups for weight in group["params"]]:
@@ -677,13 +716,18 @@ def local(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     return optimizer.optim if isinstance(optimizer, ZeroRedundancyOptimizer) else optimizer
 
 
-def trim_log(path: Path, steps: int) -> None:
-    """Drop the rows of steps that will be done again."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    whole = [line for line in lines if line.endswith("}")]  # a killed run may leave half a line
-    draft = path.with_suffix(".unfinished")
-    draft.write_text("".join(f"{line}\n" for line in whole if json.loads(line)["step"] <= steps))
-    draft.replace(path)
+def trim_log(old: Path, new: Path, steps: int) -> None:
+    """Take over a log but for the rows of steps that will be done again."""
+    kept = []
+    for line in old.read_text().splitlines() if old.exists() else []:
+        try:
+            if json.loads(line)["step"] <= steps:
+                kept.append(f"{line}\n")
+        except (KeyError, TypeError, ValueError):
+            continue  # a killed run may leave half a line
+    draft = new.with_suffix(".unfinished")
+    draft.write_text("".join(kept))
+    draft.replace(new)
 
 
 def log(path: Path, row: dict[str, Any]) -> None:
@@ -793,14 +837,15 @@ def evaluate(config: Config, run: Run, step: int) -> tuple[dict[str, Any], list[
 def main(argv: Sequence[str]) -> None:
     try:
         config, given, done = prepare(argv)
-        run = start_run(config, done)
+        run = start_run(config)
     except ValueError as error:
-        sys.exit(f"train.py: {error}")
+        sys.exit(f"train.py: {error}" + other_checkpoints(argv))
     out, is_first = Path(config.out), run.rank == 0
     if is_first:
         (out / "config.json").write_text(json.dumps(asdict(config), indent=1))
-        for name in ("metrics.jsonl", "evals.jsonl"):
-            trim_log(out / name, done if config.resume else -1)
+        before = Path(config.resume).parent if config.resume else out
+        for name in LOGS:
+            trim_log(before / name, out / name, done if config.resume else -1)
     print0(describe(config, given))
 
     tasks = range(run.rank, config.num_tasks, run.world)  # every process plays whole groups
@@ -852,10 +897,21 @@ def main(argv: Sequence[str]) -> None:
         if is_last or (config.save_every and (step + 1) % config.save_every == 0):
             save_checkpoint(config, run, step + 1)
     bar.close()
+    if config.steps == 0 and not config.resume:  # the start itself was asked for
+        save_checkpoint(config, run, 0)
     print0(f"done: python eval.py --model {config.out}")
     if run.world > 1:
         dist.barrier()  # else one may tear down what another still needs
         dist.destroy_process_group()
+
+
+def other_checkpoints(argv: Sequence[str]) -> str:
+    """Where a run that cannot be resumed from its newest checkpoint may go on instead."""
+    runs = [run for flag, run in pairwise(argv) if flag == "--resume"]
+    older = sorted(checkpoints(runs[-1]))[:-1] if runs else []
+    if not older:
+        return ""
+    return f"; older: --resume {checkpoints(runs[-1])[older[-1]]} --out NEW"
 
 
 def evaluate_and_log(config: Config, run: Run, step: int) -> None:

@@ -66,7 +66,7 @@ def main(argv: list[str]) -> None:
         if is_gpu:
             torch.cuda.empty_cache()
         idle = 0 if is_gpu else resident_gb("VmRSS")
-        run = train.start_run(config, 0)
+        run = train.start_run(config)
         if is_gpu:
             torch.cuda.reset_peak_memory_stats()
         else:
