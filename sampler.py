@@ -413,14 +413,16 @@ class ContinuousSampler:
     def check(self, ids: list[int]) -> None:
         """Raise where the model does not take cache, mask or positions as given.
 
-        The cached pass, a prompt in two parts, must give the plain pass' logits but for rounding:
-        four of the dtype's last digits, or four times what other padding changes in a plain pass.
+        Two rows take a prompt in two parts, the first not to its end, so that padding follows what
+        it reads. Both must give the logits of a plain pass but for rounding: four of the dtype's
+        last digits, or four times what other padding changes in a plain pass.
         """
-        row = CacheRow()
-        cache = RowCache(self.num_layers, 1, self.capacity, self.model.device)
+        half, short = len(ids) // 2, len(ids) * 3 // 4
+        rows = [CacheRow(), CacheRow()]
+        cache = RowCache(self.num_layers, 2, self.capacity, self.model.device)
         try:
-            self.forward(cache, [row], [0], [ids[: len(ids) // 2]])
-            [ours] = self.forward(cache, [row], [0], [ids[len(ids) // 2 :]])  # (V,)
+            self.forward(cache, rows, [0, 1], [ids[:half], ids[:half]])
+            ours = self.forward(cache, rows, [0, 1], [ids[half:short], ids[half:]])  # (2, V)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # every architecture fails in a way of its own
@@ -429,13 +431,14 @@ class ContinuousSampler:
         def plain(padding: int) -> Tensor:
             tokens = torch.tensor([ids + ids[:1] * padding], device=self.model.device)
             hidden = self.model.get_decoder()(tokens, use_cache=False).last_hidden_state
-            return self.model.get_output_embeddings()(hidden[0, len(ids) - 1])[: len(ours)].float()
+            logits = self.model.get_output_embeddings()(hidden[0, [short - 1, len(ids) - 1]])
+            return logits[:, : ours.shape[1]].float()  # (2, V)
 
         logits = plain(padding=0)
-        rounding = (plain(padding=13) - logits).norm()
+        rounding = (plain(padding=13) - logits).norm(dim=1)
         digits = max(1e-3, 4 * torch.finfo(self.model.dtype).eps)  # fp32 sums have errors of 1e-6
-        allowed = max(4 * rounding, digits * logits.norm())
-        if not (ours.float() - logits).norm() <= allowed:
+        allowed = torch.maximum(4 * rounding, digits * logits.norm(dim=1))
+        if not ((ours.float() - logits).norm(dim=1) <= allowed).all():
             raise UnsupportedModelError("this model reads a cache in a way of its own")
 
     @torch.no_grad()
