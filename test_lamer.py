@@ -1039,7 +1039,12 @@ def hub_policy(folder, kind, dtype=torch.float32, **options):
     return config, *load_policy(folder, dtype, "cpu")
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "llama", "qwen2", "phi3"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "kind", ["qwen3", "llama", pytest.param("qwen2", marks=SLOW), pytest.param("phi3", marks=SLOW)]
+)
 def test_hub_models_play_and_train(kind, tmp_path):
     config, model, chat = hub = hub_policy(tmp_path, kind)
     assert chat.decode(chat.tail).endswith("assistant\n<think>\n\n</think>\n\n"), "thinking is off"
@@ -1859,6 +1864,7 @@ def test_an_older_checkpoint_goes_on_in_a_new_folder(finished_run, tmp_path):
     assert log == rows(finished_run / "metrics.jsonl", *CLOCKS)[:3]
 
 
+@pytest.mark.slow
 def test_no_steps_save_the_start(tmp_path):
     train.main([*map(str, SMALL), "--steps", "0", "--out", str(tmp_path / "start")])
     assert sorted(checkpoints(tmp_path / "start")) == [0]
