@@ -45,7 +45,18 @@ import eval as evaluation
 import lamer
 import sampler
 import train
-from envs import ENVS, MOVES, Env, Level, MineSweeper, Sokoban, deal_board, derive_seed, make_env
+from envs import (
+    ENVS,
+    MOVES,
+    Env,
+    Level,
+    MineSweeper,
+    Sokoban,
+    check_env,
+    deal_board,
+    derive_seed,
+    make_env,
+)
 from lamer import PastEpisode, Policy, Reply, Trial, Turn, run_trial
 from policy import Recorder, checkpoints, load_policy, scripted_trial, warm_policy
 from sampler import EVAL_SEED, ContinuousSampler, GenerateSampler, RowCache, Sampling, make_sampler
@@ -2298,6 +2309,20 @@ def test_the_readme_is_true():
         known |= {*train.env_flags(env)}
     known |= {"nproc", "help", "shape"}  # of torchrun, of both commands, and of bench/memory.py
     assert flags <= known, f"README names flags that do not exist: {sorted(flags - known)}"
+
+
+def test_the_readmes_own_environment_can_be_played(tiny, tmp_path):
+    [code] = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), flags=re.S)
+    (tmp_path / "my_game.py").write_text(code)
+    name = f"{tmp_path}/my_game.py:Game"
+    check_env(name, make_env(name))
+    env = make_env(name)
+    for seed in range(20):
+        env.reset(seed)
+        wins = [guess for guess in range(10) if env.step(str(guess))[4]["won"]]
+        assert len(wins) == 1 and wins[0] > 0
+    prompts, trial = talk(run_trial(env, 4, 2, Letters()), "<action>1</action>", "<remark>not 1")
+    assert "1 is not it." in prompts[1][1] and trial.won_in is None
 
 
 @pytest.mark.parametrize("place", ["README.md", "train.py", "eval.py"])
