@@ -853,7 +853,16 @@ def synchronize(policy: Any) -> None:
     count and no statistic.
     """
     if isinstance(policy, DistributedDataParallel):
-        token = Turn(0, "play", [0], [0], [0.0], "", "", "")
+        token = Turn(
+            episode=0,
+            phase="play",
+            prompt_ids=[0],
+            reply_ids=[0],
+            logps=[0.0],
+            reply="",
+            observation="",
+            anchor="",
+        )
         outputs = [output for output in policy([token]) if output is not None]
         (sum(output.sum() for output in outputs) * 0).backward()
 

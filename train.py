@@ -106,7 +106,7 @@ class Config:
     env: str = option("lockbox", "lockbox, minesweeper, sokoban, webshop, alfworld, file.py:Class")
     model: str = option("Qwen/Qwen3-4B", "a folder, a hub name, or tiny")
     out: str = option("", "run folder; empty: runs/<env>-<number>")
-    resume: str = option("", "run folder to go on with")
+    resume: str = option("", "run folder to go on with; RUN/step_N with a new --out")
     seed: int = option(0, "everything random in the run follows from it", least=0, most=MOST_SEED)
     steps: int = option(300, "training steps", least=0)
     # the trial
