@@ -820,7 +820,10 @@ def make_player(tiny, kind="continuous", slots=24, **options):
     return player
 
 
-def play(tiny, kind="continuous", num=24, ids=None, sampling=Sampling(seed=3), slots=24):  # noqa: B008
+SEED_3 = Sampling(seed=3)
+
+
+def play(tiny, kind="continuous", num=24, ids=None, sampling=SEED_3, slots=24):
     """Trials of the policy, four of each task."""
     ids = range(num) if ids is None else ids
     seeds = [derive_seed(i // 4) for i in ids]
