@@ -1882,8 +1882,9 @@ def test_an_older_checkpoint_goes_on_in_a_new_folder(finished_run, tmp_path):
 def test_no_steps_save_the_start(tmp_path):
     train.main([*map(str, SMALL), "--steps", "0", "--out", str(tmp_path / "start")])
     assert sorted(checkpoints(tmp_path / "start")) == [0]
-    train.main(["--resume", str(tmp_path / "start"), "--steps", "1"])
+    train.main(["--resume", str(tmp_path / "start"), "--steps", "1", "--eval_every", "1"])
     assert sorted(checkpoints(tmp_path / "start")) == [0, 1]
+    assert [row["step"] for row in rows(tmp_path / "start" / "evals.jsonl")] == [1]
 
 
 @pytest.mark.slow
@@ -2095,6 +2096,10 @@ MISTAKES = [
     ("train.py --model {half} --env minesweeper", "lamer.json cannot be read"),
     ("train.py --resume {cut}", "optimizer_0.pt cannot be read"),
     ("train.py --resume {cut}", "step_000002 --out NEW"),
+    (
+        "train.py --resume {gone}",
+        "no optimizer_*.pt has the moments of model.model.embed_tokens.weight",
+    ),
     ("train.py --resume {old}", "another version of lamer"),
     ("train.py --resume {checkpoint}", "--out NEW"),
     ("train.py --resume {checkpoint} --out {run}", "holds a run already"),
@@ -2144,10 +2149,14 @@ def test_mistakes_end_in_one_clear_line(finished_run, tmp_path, monkeypatch):
     for file in places["untold"].glob("token*"):
         file.unlink()
     (places["half"] / "lamer.json").write_text('{"step": 4, "conf')
-    for name in ("cut", "old"):
+    for name in ("cut", "old", "gone"):
         places[name] = shutil.copytree(finished_run, tmp_path / name)
     moments = places["cut"] / "step_000004" / "optimizer_0.pt"
     moments.write_bytes(moments.read_bytes()[:1000])
+    moments = places["gone"] / "step_000004" / "optimizer_0.pt"
+    kept = torch.load(moments, weights_only=True)
+    del kept["model.model.embed_tokens.weight"]
+    torch.save(kept, moments)
     old = places["old"] / "step_000004" / "lamer.json"
     old.write_text(old.read_text().replace('"gamma_step"', '"gamma"'))
     monkeypatch.chdir(tmp_path)
@@ -2158,6 +2167,8 @@ def test_mistakes_end_in_one_clear_line(finished_run, tmp_path, monkeypatch):
             main(flags)
         line = str(stop.value)
         assert expected in line and "\n" not in line and len(line) < 400, (command, line)
+        is_broken = "{cut}" in command or "{gone}" in command
+        assert ("older: --resume" in line) == is_broken, "no advice but where a file is broken"
     assert sorted(checkpoints(finished_run)) == [2, 4]
 
 

@@ -694,8 +694,10 @@ def own_moments(
 
 def load_moments(policy: Policy, optimizer: torch.optim.Optimizer, folder: Path) -> None:
     """Take up what any number of processes saved with `own_moments`."""
-    saved = {}
-    for path in folder.glob("optimizer_*.pt"):
+    saved, parts = {}, [*folder.glob("optimizer_*.pt")]
+    if not parts:
+        raise ValueError(f"{folder} has no optimizer_*.pt to go on with")
+    for path in parts:
         try:
             saved |= torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         except Exception as error:
@@ -703,8 +705,9 @@ def load_moments(policy: Policy, optimizer: torch.optim.Optimizer, folder: Path)
     names = {weight: name for name, weight in policy.named_parameters()}
     adamw = local(optimizer)
     for weight in [weight for group in adamw.param_groups for weight in group["params"]]:
-        state = saved.get(names[weight], {})
-        for key, value in state.items():
+        if saved and names[weight] not in saved:
+            raise ValueError(f"{folder}: no optimizer_*.pt has the moments of {names[weight]}")
+        for key, value in saved.get(names[weight], {}).items():
             # AdamW keeps its step count on the CPU, but for the fused kernel.
             is_on_cpu = key == "step" and not adamw.defaults.get("fused")
             device = "cpu" if is_on_cpu else weight.device
@@ -828,7 +831,7 @@ def evaluate(config: Config, run: Run, step: int) -> tuple[dict[str, Any], list[
     sampling = eval_sampling(config, seed=config.seed, step=EVAL_DRAWS + step)
     seeds = [EVAL_SEED + i for i in trial_ids]
     trials = rollout(config, run.sampler, seeds, trial_ids, sampling)
-    return {"step": step, **summarize(trials, config)}, trials
+    return {"step": step, "num_tasks": num_tasks, **summarize(trials, config)}, trials
 
 
 # --------------------------------------------------------------------------- the run
@@ -837,9 +840,12 @@ def evaluate(config: Config, run: Run, step: int) -> tuple[dict[str, Any], list[
 def main(argv: Sequence[str]) -> None:
     try:
         config, given, done = prepare(argv)
+    except ValueError as error:
+        sys.exit(f"train.py: {error}")
+    try:
         run = start_run(config)
     except ValueError as error:
-        sys.exit(f"train.py: {error}" + other_checkpoints(argv))
+        sys.exit(f"train.py: {error}{older_checkpoint(config)}")
     out, is_first = Path(config.out), run.rank == 0
     if is_first:
         (out / "config.json").write_text(json.dumps(asdict(config), indent=1))
@@ -858,7 +864,7 @@ def main(argv: Sequence[str]) -> None:
         disable=not is_first,
         file=sys.stderr,
     )
-    if config.eval_every and done == 0:
+    if config.eval_every and not config.resume:
         evaluate_and_log(config, run, 0)
     for step in range(done, config.steps):
         clock = [time.perf_counter()]
@@ -905,13 +911,13 @@ def main(argv: Sequence[str]) -> None:
         dist.destroy_process_group()
 
 
-def other_checkpoints(argv: Sequence[str]) -> str:
-    """Where a run that cannot be resumed from its newest checkpoint may go on instead."""
-    runs = [run for flag, run in pairwise(argv) if flag == "--resume"]
-    older = sorted(checkpoints(runs[-1]))[:-1] if runs else []
-    if not older:
+def older_checkpoint(config: Config) -> str:
+    """Where a run that cannot go on from its checkpoint may do so instead."""
+    newest = Path(config.resume)
+    older = [path for path in checkpoints(newest.parent).values() if path.name < newest.name]
+    if not config.resume or not older:
         return ""
-    return f"; older: --resume {checkpoints(runs[-1])[older[-1]]} --out NEW"
+    return f"; older: --resume {max(older)} --out NEW"
 
 
 def evaluate_and_log(config: Config, run: Run, step: int) -> None:
@@ -922,7 +928,7 @@ def evaluate_and_log(config: Config, run: Run, step: int) -> None:
         text = "\n\n".join(map(str, trials[:3]))
         Path(config.out, f"trials_{step:06d}.txt").write_text(text, encoding="utf-8")
         success = percent(result["success"])
-        line = f"step {step}: on {config.eval_tasks} fixed tasks, success {success}"
+        line = f"step {step}: on {result['num_tasks']} fixed tasks, success {success}"
         tqdm.write(line, file=sys.stderr)
 
 
