@@ -21,6 +21,7 @@ import socket
 import subprocess
 import sys
 import time
+import zlib
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -56,6 +57,8 @@ from envs import (
     deal_board,
     derive_seed,
     make_env,
+    make_level,
+    playable_board,
 )
 from lamer import PastEpisode, Policy, Reply, Trial, Turn, run_trial
 from policy import Recorder, checkpoints, load_policy, scripted_trial, warm_policy
@@ -488,43 +491,50 @@ def test_kl_estimate_by_hand():
     assert d.grad.isfinite().all(), "one token that has become unthinkable must not stop a step"
 
 
-def lockbox_values(
-    codes: int, episodes: int, gamma_traj: float
-) -> tuple[dict[str, float], list[float]]:
-    """Solve Lockbox exactly by dynamic programming, for an agent with perfect memory.
+def lockbox_values(codes, episodes, gamma_traj):
+    """Solve Lockbox exactly, for an agent with perfect memory, from plays of every action and code.
 
-    Returns the value G_0(0) of each first action, and the probability of having opened the box
-    after 1..episodes episodes when the best action is always taken.
-    lockbox_values(8, 2, 0.6) gives peek 6.0 and success [0.0, 1.0].
+    Returns for each first action its value G_0(0), and the probabilities of having opened the box
+    after 1..episodes episodes if only best actions follow.
+    lockbox_values(8, 2, 0.6)["peek"] is (6.0, [0.0, 1.0]).
     """
+    env, tasks, played = make_env("lockbox", codes=codes), {}, {}
+    for seed in range(20 * codes):
+        env.reset(seed)
+        tasks.setdefault(env.task_key(), seed)  # one seed for each code
+    assert len(tasks) == codes
+    actions = ["nothing", *[f"open {code}" for code in range(1, codes + 1)], "peek", "leave"]
+    for action in actions:
+        for seed in tasks.values():
+            env.reset(seed)
+            observation, reward, _, _, info = env.step(action)
+            played[action, seed] = observation, reward, info["won"]
 
-    def values(left: int, possible: int) -> dict[str, float]:
-        """Value of each action with `left` episodes to go and `possible` codes not ruled out.
+    @functools.cache
+    def options(left, possible):
+        """Each action with `left` episodes to go and tasks that fit all that was seen so far."""
+        found = {}
+        for action in actions:
+            groups = {}  # tasks that look alike after this action
+            for seed in possible:
+                groups.setdefault(played[action, seed], []).append(seed)
+            value, success = 0.0, np.zeros(left)
+            for (_, reward, won), group in groups.items():
+                share = len(group) / len(possible)
+                value += share * reward
+                if won:
+                    success += share
+                elif left > 1:
+                    after = best(left - 1, tuple(group))
+                    value += share * gamma_traj * after[0]
+                    success[1:] += share * after[1]
+            found[action] = value, success
+        return found
 
-        With one possible code it is known.
-        """
-        if left == 0 or possible == 0:
-            return {"open": 0.0}
+    def best(left, possible):
+        return max(options(left, possible).values(), key=lambda option: option[0])
 
-        def later(possible: int) -> float:
-            return gamma_traj * max(values(left - 1, possible).values())
-
-        return {
-            "open": 10 / possible + (1 - 1 / possible) * later(possible - 1),
-            "peek": later(1),
-            "leave": 1 + later(possible),
-        }
-
-    success, opened, possible = [], 0.0, codes
-    for left in range(episodes, 0, -1):
-        options = values(left, possible)
-        best = max(options, key=options.get)
-        if best == "peek":
-            possible = 1
-        elif best == "open" and possible:  # none is possible once the box is open
-            opened, possible = opened + (1 - opened) / possible, possible - 1
-        success.append(opened)
-    return values(episodes, codes), success
+    return options(episodes, tuple(tasks.values()))
 
 
 @pytest.mark.parametrize(
@@ -547,16 +557,20 @@ def lockbox_values(
     ],
 )
 def test_lockbox_dynamic_program(codes, episodes, gamma, best, success):
-    values, after = lockbox_values(codes, episodes, gamma)
-    assert max(values, key=values.get) == best
-    assert np.allclose(after, success)
+    options = lockbox_values(codes, episodes, gamma)
+    first = max(options, key=lambda action: options[action][0])
+    assert first.split()[0] == best
+    assert np.allclose(options[first][1], success)
     if episodes == 2:
         by_hand = {
-            "open": 10 / codes + (1 - 1 / codes) * gamma * max(10 / (codes - 1), 1),
+            "nothing": gamma * max(10 / codes, 1),
             "peek": 10 * gamma,
             "leave": 1 + gamma * max(10 / codes, 1),
         }
-        assert {k: pytest.approx(v) for k, v in by_hand.items()} == values
+        for code in range(1, codes + 1):
+            later = max(10 / (codes - 1), 1)
+            by_hand[f"open {code}"] = 10 / codes + (1 - 1 / codes) * gamma * later
+        assert {action: value for action, (value, _) in options.items()} == pytest.approx(by_hand)
 
 
 # --------------------------------------------------------------------------- environments
@@ -566,20 +580,45 @@ def test_lockbox_dynamic_program(codes, episodes, gamma, best, success):
 def test_same_seed_same_task_and_sticky_done(name):
     env, other, rng = make_env(name), make_env(name), random.Random(0)
 
-    def step():
-        return env.step(env.parse(env.scripted(0.3, rng))[0])
+    def step(skill=0.3):
+        return env.step(env.parse(env.scripted(skill, rng))[0])
 
     for seed in range(20):
-        first = env.reset(seed)[0]
+        first, task = env.reset(seed)[0], env.task_key()
         done = False
         while not done:
             observation, _, terminated, truncated, _ = step()
             done = terminated or truncated
-        again, reward, terminated, _, _ = step()
-        assert terminated and reward == 0
+        again, reward, terminated, _, _ = step(skill=1.0)
+        assert terminated and reward == 0, "the expert's action pays no more"
         assert again == observation or name == "lockbox"
-        assert env.reset(seed)[0] == other.reset(seed)[0] == first
+        playable_board.cache_clear()
+        make_level.cache_clear()
+        assert other.reset(seed)[0] == env.reset(seed)[0] == first
+        assert other.task_key() == env.task_key() == task
     assert len({env.reset(seed)[0] for seed in range(20)}) > (0 if name == "lockbox" else 15)
+
+
+@pytest.mark.parametrize(
+    ("name", "checksum"),
+    [("lockbox", 2410472122), ("minesweeper", 64973555), ("sokoban", 2898180348)],
+)
+def test_tasks_are_the_same_on_every_machine(name, checksum):
+    env, keys = make_env(name), []
+    for seed in [*range(100), EVAL_SEED]:
+        env.reset(seed)
+        keys.append(env.task_key())
+    assert zlib.crc32(" ".join(keys).encode()) == checksum, "other tasks than the README's"
+
+
+@pytest.mark.parametrize(("name", "options"), [("minesweeper", dict(size=10)), ("sokoban", {})])
+def test_levels_that_are_drawn_again_differ(name, options, monkeypatch):
+    monkeypatch.setattr("envs.MAX_DEALS", 6)  # so that some boards are dealt again, too
+    env, keys = make_env(name, **options), set()
+    for seed in range(120):
+        env.reset(seed)
+        keys.add(env.task_key())
+    assert len(keys) == 120
 
 
 def test_neighbouring_seeds_are_independent():
@@ -622,6 +661,60 @@ def test_sokoban_table_agrees_with_a_forward_search(options):
         assert options.get("min_solution", 5) <= depth <= options.get("max_solution", 21)
 
 
+@pytest.mark.parametrize("name", ["minesweeper", "sokoban"])
+def test_every_episode_of_the_games_has_seven_turns(name):
+    env = make_env(name)
+    for _ in range(2):
+        env.reset(0)
+        ends = [env.step(env.parse("")[0])[2:4] for _ in range(8)]
+        assert ends == [(False, False)] * 6 + [(False, True), (True, False)]
+
+
+def test_lockbox_rules():
+    env = make_env("lockbox", codes=12)
+    for code in range(1, 13):
+        for seed in range(40):
+            env.reset(seed)
+            won = code == env.code
+            text = "The box opens." if won else f"{code} is wrong."
+            assert env.step(f"open {code}") == (text, 10.0 * won, True, False, {"won": won})
+            env.reset(seed)
+            text = f"The code is {env.code}."
+            assert env.step("peek") == (text, 0.0, True, False, {"won": False})
+            env.reset(seed)
+            assert env.step("leave") == ("You leave.", 1.0, True, False, {"won": False})
+
+
+def test_lockbox_parsing():
+    env = make_env("lockbox", codes=8)
+    codes = [code for code in range(20) if env.parse(f"<action>open {code}</action>")[1]]
+    assert codes == [*range(1, 9)]
+    assert env.parse("<action>peek</action>") == ("peek", True)
+    assert env.parse("Better so. <action> Leave\n</action>") == ("leave", True)
+    assert env.parse("<action>Open  03</action>") == ("open 3", True)
+    assert env.parse("open 3") == env.parse("<action>3</action>") == ("nothing", False)
+
+
+def share_of(replies, *texts):
+    """The share of replies that hold one of these texts, between its tags."""
+    return np.mean([any(f">{text}<" in reply for text in texts) for reply in replies])
+
+
+def test_the_lockbox_novice_reads_and_writes_with_care():
+    env, rng = make_env("lockbox", codes=8), random.Random(0)
+    env.reset(0)
+    blind = [env.scripted(0.0, rng) for _ in range(2000)]
+    for action in ["peek", "leave", *[f"open {code}" for code in range(1, 9)]]:
+        assert abs(share_of(blind, action) - 0.1) < 0.03
+    told = [env.scripted(0.0, rng, ["code 3", "code 5"]) for _ in range(2000)]
+    assert abs(share_of(told, "open 5") - (0.7 + 0.3 * 0.1)) < 0.05
+    env.step("peek")
+    notes = [env.scripted_reflection(rng) for _ in range(2000)]
+    assert abs(share_of(notes, f"code {env.code}") - 0.7) < 0.05
+    env.reset(0)
+    assert env.scripted_reflection(random.Random(0)) == "<remark>nothing</remark>"
+
+
 ROOM = """\
 0: # # # # # #
 1: # P X O _ #
@@ -639,6 +732,19 @@ def test_sokoban_turn_stops_and_sums():
     env.start(env.level)
     _, reward, terminated, _, info = env.step(["still", "down", "still"])
     assert (reward, terminated, info["won"]) == (-0.3, False, False)
+
+
+def test_the_sokoban_player_begins_with_its_newest_plan():
+    env, rng = Sokoban(), random.Random(0)
+    env.start(level_from_text(ROOM))
+    notes = ["up, up, up", "left, down, left"]
+    assert share_of([env.scripted(0.0, rng, notes) for _ in range(500)], notes[1]) > 0.85
+    env.step(["down"])
+    assert share_of([env.scripted(0.0, rng, notes) for _ in range(500)], notes[1]) < 0.1
+    reflections = [env.scripted_reflection(rng) for _ in range(500)]
+    assert 0.4 < share_of(reflections, "right") < 0.6, "the solution from the start"
+    env.start(env.level)
+    assert share_of([env.scripted(0.0, rng, notes) for _ in range(500)], notes[1]) > 0.85
 
 
 def test_minesweeper_rewards():
@@ -660,6 +766,33 @@ def test_minesweeper_boards_are_playable():
         text, _ = env.reset(seed)
         assert "*" not in text
         assert 3 < text.count("?") < 16
+
+
+def test_minesweeper_openings_are_all_over_the_board():
+    env, opened = MineSweeper(), np.zeros(36)
+    for seed in range(300):
+        env.reset(seed)
+        opened += [cell != "?" for cell in env.shown]
+    assert opened.min() > 0.25 * 300 and opened.max() < 0.6 * 300
+
+
+def test_the_minesweeper_novice_reads_its_notes():
+    env, rng = MineSweeper(size=3, mines=2), random.Random(0)
+    env.start(list("*2.*2.11."), list("???????1?"))
+    note = env.scripted_reflection(rng)
+    assert note == "<remark>\nRow 1: ? ? ?\nRow 2: ? ? ?\nRow 3: ? 1 ?\n</remark>"
+
+    def choices(*notes):
+        return [env.scripted(0.0, rng, notes) for _ in range(2000)]
+
+    cascade, mine = ["(1, 3)", "(2, 3)", "(3, 3)"], "(1, 1)"
+    assert abs(share_of(choices(note), *cascade) - 3 / 8) < 0.05
+    assert abs(share_of(choices(note), mine) - 1 / 8) < 0.03
+    opened = note.replace("Row 3: ? 1 ?", "Row 3: ? 1 .")
+    lost = note.replace("Row 1: ?", "Row 1: *")
+    read = choices(opened, lost)  # half of the time
+    assert abs(share_of(read, "(3, 3)") - (1 / 2 + 1 / 16)) < 0.05
+    assert abs(share_of(choices(lost, note), mine) - 1 / 16) < 0.03
 
 
 # --------------------------------------------------------------- the trial and its prompts
@@ -735,6 +868,15 @@ def test_a_trial_ends_at_the_first_success():
     assert "Action 2: no" not in prompts[4][1]  # an unparsed reply plays no text of its own
     assert trial.past[0].reflection == "count!"
     assert str(trial).startswith("=== task 7: solved in episode 2")
+
+
+def test_the_anchor_is_the_state_a_turn_was_taken_in():
+    env = Counter(words=0)
+    _, trial = talk(run_trial(env, 7, 1, Letters()), "<action>1</action>")
+    assert [turn.anchor for turn in trial.turns] == ["start 7", "1 ", "2 "]
+    env.anchor = lambda: f"state {env.count}"
+    _, trial = talk(run_trial(env, 7, 1, Letters()), "<action>1</action>")
+    assert [turn.anchor for turn in trial.turns] == ["state 0", "state 1", "state 2"]
 
 
 @pytest.mark.parametrize("style", ["full", "compact"])
