@@ -609,6 +609,42 @@ def test_same_seed_same_task_and_sticky_done():
     assert env.step("search[lamp]") == (page, 0.0, True, False, info)
 
 
+@pytest.mark.parametrize("compact", [True, False])
+def test_anchors_tell_pages_and_options_apart(compact):
+    env = WebShop(compact=compact)
+    env.reset(0)
+    product = next(p for p in env.shop.products if len(p.choices) > 1)
+    anchors = [env.anchor()]
+
+    def go(*actions):
+        for action in actions:
+            env.step(action)
+            anchors.append(env.anchor())
+
+    first, other = [f"click[{value}]" for value in list(product.choices)[:2]]
+    go(f"search[{product.title}]", "click[next >]", "click[< prev]")
+    assert len(set(anchors)) == 3 and anchors[3] == anchors[1], "the first page of results twice"
+    go(f"click[{product.asin.lower()}]", first, other, "click[description]")
+    assert len(set(anchors)) == 7
+    go("click[< prev]")
+    assert anchors[-1] == anchors[-3], "back on the page, options are as before"
+
+
+def test_only_the_full_score_pays():
+    shop = make_shop(make_product(options={"color": ["red", "blue"]}))
+    env = WebShop()
+    env.shop = shop
+    env.goal = next(goal for goal in shop.goals if goal.values == ["blue"])
+    purchases = [("blue", 10.0, 1.0), ("red", 0.0, 2 / 3)]  # product and price, but not the colour
+    for value, paid, task_score in purchases:
+        env.start()
+        for action in ("search[mug]", "click[a1]", f"click[{value}]"):
+            info = {"won": False, "task_score": 0.0}
+            assert env.step(action)[1:] == (0.0, False, False, info)
+        info = {"won": paid > 0, "task_score": pytest.approx(task_score)}
+        assert env.step("click[buy now]")[1:] == (paid, True, False, info)
+
+
 def test_validation_goals_are_held_out_and_fixed():
     env = WebShop()
     validation = [env.shop.goals[i].text for i in env.validation]
