@@ -658,6 +658,7 @@ def test_validation_goals_are_held_out_and_fixed():
 def test_original_goes_on_with_another_goal():
     env = WebShop(original=True, compact=False)
     task = env.reset(0)[0]
+    assert env.anchor() is None, "the observation"
     asin = env.goal.product.asin.lower()
     env.step(f"search[{env.goal.product.title}]")
     assert f"click[{asin}]" in env.actions()
