@@ -279,6 +279,7 @@ def test_texts():
         "a cabinet 2, a cabinet 1, a desk 1, a fridge 1, a microwave 1, and a sinkbasin 1.\n\n"
         "Your task is to: do it."
     )
+    assert env.gist(env.observation) == "Your task is to: do it."
     nothing, opened = "Nothing happens.", "The fridge 1 is open. In it, you see a apple 1."
     middle = "You are in the middle of a room. Looking quickly around you, you see nothing."
     facing = "You are facing the fridge 1, and microwave 1. Next to it, you see nothing."
@@ -579,6 +580,10 @@ def test_the_novice_goes_where_its_notes_say_and_writes_what_it_saw():
     play(env, *FETCH, "go to desk 1", "move mug 2 to desk 1", "examine desk 1")
     assert "mug 2 in cabinet 2" in env.scripted_reflection(random.Random(0)), "where it was first"
     env = enter(TWO)
+    empty = ["no mug in cabinet 1, cabinet 2, desk 1, fridge 1"]
+    goes = [env.novice(random.Random(i), empty) for i in range(200)]
+    others = [("go", "microwave_bar_1"), ("go", "sink_bar_1_bar_sinkbasin")]
+    assert sum(action in others for action in goes) > 150
     play(env, "go to sinkbasin 1", "go to fridge 1")
     assert env.scripted_reflection(random.Random(0)) == "<remark>no mug in sinkbasin 1</remark>"
 
@@ -618,7 +623,7 @@ def write_game(folder, problem, grammar=GRAMMAR, solvable=True):
 
 def test_data_folders(tmp_path):
     for split in ("train", "valid_seen", "valid_unseen"):
-        for i in range(2):
+        for i in range(3 if split == "train" else 2):
             grammar = GRAMMAR.replace("do it", f"{split} {i}")
             write_game(tmp_path / split / f"game{i}", LIT_ROOM, grammar)
     # Three that are passed over: one without a game, one without a solution, one of another kind.
@@ -632,12 +637,19 @@ def test_data_folders(tmp_path):
         return sorted({env.reset(seed)[0].split("task is to: ")[1] for seed in seeds})
 
     held_out = range(2**31, 2**31 + 10)
-    assert tasks(range(10)) == ["train 0.", "train 1."]
+    assert tasks(range(10)) == ["train 0.", "train 1.", "train 2."]
     assert tasks(held_out) == ["valid_unseen 0.", "valid_unseen 1."]
     assert tasks(held_out, validation="seen") == ["valid_seen 0.", "valid_seen 1."]
     # Without split folders every eighth game is held out, the first to begin with.
-    assert tasks(range(10), tmp_path / "train") == ["train 1."]
-    assert tasks(held_out, tmp_path / "train") == ["train 0."]
+    flat = tmp_path / "train"
+    assert tasks(range(10), flat) == ["train 1.", "train 2."]
+    assert tasks(held_out, flat) == ["train 0."]
+    env, keys = AlfWorld(data=str(flat)), set()
+    assert env.num_eval_tasks() == 1
+    for seed in range(10):
+        env.reset(seed)
+        keys.add(env.task_key())
+    assert len(keys) == 2
     with pytest.raises(ValueError, match="no game of the wanted tasks"):
         AlfWorld(data=str(tmp_path), tasks="cool")
 

@@ -590,6 +590,7 @@ def test_golden_goals_are_won_by_the_scripted_player(data):
 
 def test_same_seed_same_task_and_sticky_done():
     env, other = WebShop(), WebShop()
+    assert env.turn_limit == 12
     for seed in [*range(20), 2**31, 2**31 + 1]:
         first = env.reset(seed)[0]
         log, info = play(env, seed, skill=0.0)
