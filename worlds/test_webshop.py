@@ -602,6 +602,7 @@ def test_same_seed_same_task_and_sticky_done():
         assert env.reset(seed)[0] == other.reset(seed)[0] == first
         assert play(env, seed, skill=0.3) == play(other, seed, skill=0.3)
     assert len({env.reset(seed)[0] for seed in range(100)}) > 80
+    assert WebShop(shop_seed=1).reset(0)[0] != env.reset(0)[0]
     env = WebShop(turns=1)
     env.reset(0)
     page, _, terminated, truncated, info = env.step("search[mug]")
@@ -624,22 +625,29 @@ def test_anchors_tell_pages_and_options_apart(compact):
 
     first, other = [f"click[{value}]" for value in list(product.choices)[:2]]
     go(f"search[{product.title}]", "click[next >]", "click[< prev]")
+    assert len(env.visit.listed) == (3 if compact else 10)
     assert len(set(anchors)) == 3 and anchors[3] == anchors[1], "the first page of results twice"
     go(f"click[{product.asin.lower()}]", first, other, "click[description]")
     assert len(set(anchors)) == 7
     go("click[< prev]")
     assert anchors[-1] == anchors[-3], "back on the page, options are as before"
+    go("click[back to search]")
+    assert anchors[-1] == anchors[0]
 
 
 def test_only_the_full_score_pays():
-    shop = make_shop(make_product(options={"color": ["red", "blue"]}))
+    options = {"color": ["red", "blue"]}
+    dear = make_product("B2", options=options, prices=[500.0])
+    shop = make_shop(make_product(options=options), dear)
     env = WebShop()
     env.shop = shop
     env.goal = next(goal for goal in shop.goals if goal.values == ["blue"])
-    purchases = [("blue", 10.0, 1.0), ("red", 0.0, 2 / 3)]  # product and price, but not the colour
-    for value, paid, task_score in purchases:
+    purchases = [("a1", "blue", 10.0, 1.0)]
+    purchases += [("a1", "red", 0.0, 2 / 3), ("b2", "blue", 0.0, 2 / 3)]  # one of three is wrong
+    for asin, value, paid, task_score in purchases:
         env.start()
-        for action in ("search[mug]", "click[a1]", f"click[{value}]"):
+        assert env.actions() == ["search[<your query>]"]
+        for action in ("search[mug]", f"click[{asin}]", f"click[{value}]"):
             info = {"won": False, "task_score": 0.0}
             assert env.step(action)[1:] == (0.0, False, False, info)
         info = {"won": paid > 0, "task_score": pytest.approx(task_score)}
@@ -651,8 +659,13 @@ def test_validation_goals_are_held_out_and_fixed():
     validation = [env.shop.goals[i].text for i in env.validation]
     training = {env.shop.goals[i].text for i in env.training}
     assert set(env.validation).isdisjoint(env.training) and len(validation) >= 200
+    assert all(env.shop.ways[i] is not None for i in [*env.validation, *env.training])
+    assert env.num_eval_tasks() == len(validation)
+    keys = set()
     for i, text in enumerate(validation):
         assert env.reset(2**31 + i)[0].splitlines()[0] == text
+        keys.add(env.task_key())
+    assert len(keys) >= len(set(validation))
     assert {env.reset(seed)[0].splitlines()[0] for seed in range(200)} <= training
 
 
@@ -677,7 +690,7 @@ def test_novice_follows_its_notes():
     env.reset(1)
     env.step(f"search[{env.goal.product.query}]")
     bad, good = (product.asin.lower() for product in env.visit.listed[:2])
-    notes = [f"not [{bad}], try [{good}]"]
+    notes = [f"try [{bad}]", f"not [{bad}], try [{good}]"]
     actions = [env.parse(env.scripted(0.0, random.Random(i), notes))[0] for i in range(300)]
     assert actions.count(f"click[{good}]") > 200 and actions.count(f"click[{bad}]") < 40
     blind = [env.parse(env.scripted(0.0, random.Random(i)))[0] for i in range(300)]
