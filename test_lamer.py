@@ -611,7 +611,7 @@ def test_tasks_are_the_same_on_every_machine(name, checksum):
     assert zlib.crc32(" ".join(keys).encode()) == checksum, "other tasks than the README's"
 
 
-@pytest.mark.parametrize(("name", "options"), [("minesweeper", dict(size=10)), ("sokoban", {})])
+@pytest.mark.parametrize(("name", "options"), [("minesweeper", dict(size=12)), ("sokoban", {})])
 def test_levels_that_are_drawn_again_differ(name, options, monkeypatch):
     monkeypatch.setattr("envs.MAX_DEALS", 4)  # so that some boards are dealt again, too
     env, keys = make_env(name, **options), set()
