@@ -1866,6 +1866,84 @@ def test_dashes_serve_as_underscores():
         assert train.parse_flags(train.Config, flags.split(), "") == given
 
 
+def test_a_group_shares_its_task_and_every_step_has_others():
+    def seeds_of(step, seed=0):
+        return train.task_seeds(SimpleNamespace(seed=seed, group_size=4), range(12), step)
+
+    steps = [seeds_of(step) for step in range(50)]
+    for seeds in steps:
+        assert seeds == [seeds[i - i % 4] for i in range(12)]
+    different = {seed for seeds in steps for seed in seeds}
+    assert len(different) == 50 * 3 and max(different) < EVAL_SEED
+    assert not different & {*seeds_of(0, seed=1)}
+
+
+def prepared(flags, folder):
+    """The options of a run that starts from some policy."""
+    start = f"--env lockbox --model {folder} --device cpu --out {folder}/run --group_size 3"
+    return train.prepare(f"{start} {flags}".split())[0]
+
+
+def test_credit_is_assigned_as_the_options_say(tmp_path):
+    def value(batch):
+        return SimpleNamespace(values=torch.tensor([len(turn.prompt_ids) for turn in batch]))
+
+    def credit(flags=None):
+        """Two groups of trials, and with flags their advantages."""
+        trials = three_trials() + three_trials()[::-1]
+        trials[0].won_in = trials[4].won_in = 1
+        for i, turn in enumerate(turns_of(trials)):
+            turn.is_valid, turn.prompt_ids = i % 5 != 0, [1] * (i % 3)
+        if flags is not None:
+            train.assign_credit(prepared(flags, tmp_path), value, trials)
+        return trials if flags is None else of_turns("advantage", trials)
+
+    discounts = "--gamma_step 0.9 --gamma_traj 0.5"
+    trials = credit()
+    lamer.compute_returns(trials, "official", 0.9, 0.5)
+    lamer.compute_values(value, trials, 9)
+    lamer.ppo_advantages(trials, 0.9, 0.5, gae_lambda=0.7)
+    lamer.penalize_invalid(trials, 0.5, "cpu")
+    given = credit(f"--estimator ppo --credit official --gae_lambda 0.7 {discounts}")
+    assert given == of_turns("advantage", trials)
+
+    trials = credit()
+    lamer.compute_returns(trials, "official", 0.9, 0.5, "success")
+    how = dict(advantage_norm="mean_std", step_weight=3, invalid_penalty=0.2, reward="success")
+    lamer.official_advantages([trials[:3], trials[3:]], "gigpo", **how)
+    flags = "--advantage_norm mean_std --step_weight 3 --invalid_penalty 0.2 --reward success"
+    assert credit(f"--preset official {flags} {discounts}") == of_turns("advantage", trials)
+
+
+def test_a_run_is_set_up_as_its_options_say(tiny, tmp_path):
+    flags = "--style direct --estimator ppo --lr 0.1 --value_lr 0.2 --grad_checkpoint"
+    flags += " --dtype bfloat16 --kl_coef 0.1 --slots 3 --max_prompt 900 --max_reply 7"
+    config = prepared(flags, warm_policy(tiny[0]))
+    run = train.start_run(replace(config, out=str(tmp_path)))
+    assert run.policy.bf16 and run.policy.model.is_gradient_checkpointing
+    assert run.policy.model.dtype == torch.float32
+    assert run.reference.model.dtype == run.sampler.model.dtype == torch.bfloat16
+    assert [group["lr"] for group in run.optimizer.param_groups] == [0.1, 0.2]
+    limits = run.sampler.slots, run.sampler.max_reply, run.sampler.capacity
+    assert limits == (3, 7, 900 + 7)
+    [trial] = sampler.rollout(config, run.sampler, [0], [0], Sampling())
+    assert "Give only" in run.sampler.chat.decode(trial.turns[0].prompt_ids)
+
+
+def test_the_warm_start_is_as_its_options_say(tmp_path, monkeypatch):
+    batches, rates = [], []
+    monkeypatch.setenv("LAMER_CACHE", str(tmp_path))
+    monkeypatch.setattr("policy.make_optimizers", lambda model, lr: rates.append(lr) or [])
+    monkeypatch.setattr("policy.imitate", lambda model, turns: batches.append(turns) or 0.0)
+    flags = "--env minesweeper --model tiny --device cpu --tiny_hidden 16 --tiny_layers 1"
+    flags += " --episodes 1 --warm_steps 2 --warm_batch 30 --warm_lr 0.1 --warm_episodes 2"
+    config = train.prepare(flags.split())[0]
+    shape = load_policy(str(warm_policy(config)), torch.float32, "cpu")[0].config
+    assert (shape.hidden_size, shape.num_hidden_layers) == (16, 1)
+    assert [len(batch) for batch in batches] == [30, 30] and rates == [0.1]
+    assert {turn.episode for batch in batches for turn in batch} == {0, 1}
+
+
 def help_of(main, *flags, capsys):
     with pytest.raises(SystemExit) as stop:
         main([*map(str, flags), "--help"])
@@ -2002,6 +2080,50 @@ def test_a_run_leaves_what_was_promised(finished_run):
     saved = json.loads((finished_run / "config.json").read_text())
     assert saved["num_tasks"] == 4 and saved["style"] == "compact" and saved["gamma_traj"] == 0.6
     assert sorted(checkpoints(finished_run)) == [2, 4]
+
+
+def test_a_run_does_what_its_options_say(tiny, tmp_path, monkeypatch):
+    """Two steps of the command equal, to the last bit, two made by hand with the same numbers."""
+    monkeypatch.setattr(train, "default_device", lambda: "cuda")
+    start, out = warm_policy(tiny[0]), tmp_path / "run"
+    flags = f"--model {start} --out {out} --device cpu --env minesweeper --mines 1 --turns 3"
+    flags += " --seed 5 --steps 2 --num_tasks 3 --group_size 3 --episodes 2 --memory both"
+    flags += " --reward success --gamma_step 0.9 --gamma_traj 0.5 --advantage_norm mean_std"
+    flags += " --step_weight 2 --invalid_penalty 0.7 --lr 0.003 --beta2 0.9 --weight_decay 0.1"
+    flags += " --clip 0.05 --dual_clip 1.1 --entropy_coef 0.01 --kl_coef 0.1 --grad_clip 0.3"
+    flags += " --minibatch 30 --microbatch_tokens 700 --sampler generate --slots 5"
+    flags += " --max_prompt 80 --max_reply 24 --temperature 0.8"
+    flags += " --eval_every 2 --eval_tasks 3 --save_every 1 --keep 1"
+    train.main(flags.split())
+
+    model, chat = load_policy(str(start), torch.float32, "cpu")
+    policy, reference = (Policy(each, chat.vocab_size, 0.8) for each in (model, tiny[1]))
+    adamw = dict(lr=0.003, betas=(0.9, 0.9), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), **adamw)
+    player = GenerateSampler(model, chat, slots=5, max_reply=24)
+    game = dict(env="minesweeper", env_options=dict(size=4, mines=1, turns=3))
+    trial = SimpleNamespace(**game, episodes=2, memory="both", style="compact", max_prompt=80)
+    learning = dict(clip=0.05, dual_clip=1.1, entropy_coef=0.01, kl_coef=0.1, grad_clip=0.3)
+    learning = SimpleNamespace(**learning, microbatch_tokens=700)
+    dealing = SimpleNamespace(seed=5, group_size=3, minibatch=30, device="cpu")
+    log = rows(out / "metrics.jsonl")
+    for step in (0, 1):
+        seeds = train.task_seeds(dealing, range(9), step)
+        sampling = Sampling(seed=5, step=step, temperature=0.8)
+        trials = sampler.rollout(trial, player, seeds, range(9), sampling)
+        lamer.compute_returns(trials, "paper", 0.9, 0.5, reward="success")
+        groups = trials[:3], trials[3:6], trials[6:]
+        lamer.compute_advantages(groups, "gigpo", "mean_std", step_weight=2)
+        lamer.penalize_invalid(trials, 0.7, "cpu")
+        minibatches = train.deal_minibatches(dealing, trials, range(9), step)
+        stats = lamer.update(policy, optimizer, minibatches, learning, reference)
+        assert {name: log[step][name] for name in stats} == stats
+        assert log[step]["return"] == np.mean([trial.turns[0].ret for trial in trials])
+        assert log[step]["success"][1] == sum(trial.success_after(2) for trial in trials) / 9
+    assert largest_gap(weights_of(out / "step_000002"), model.state_dict()) == 0
+    assert len(log) == 2 and [*checkpoints(out)] == [2], "one is kept"
+    evals = [(row["step"], row["num_tasks"]) for row in rows(out / "evals.jsonl")]
+    assert evals == [(0, 3), (2, 3)]
 
 
 def test_resume_equals_no_interruption(finished_run, tmp_path):
@@ -2145,6 +2267,79 @@ def test_eval_command(finished_run, tmp_path):
         assert memory == "none" or again["num_donors"] > 8
         same = again["success"][0] == result["success"][0]
         assert same, "the first episode has no memory to swap or to lose"
+
+
+@pytest.mark.parametrize("memory", ["both", "swapped"])
+def test_eval_does_what_its_options_say(memory, tiny, tmp_path, monkeypatch, capsys):
+    """What it prints and writes is that of trials played by hand with the same numbers."""
+    monkeypatch.setattr(evaluation, "default_device", lambda: "cuda")
+    start, file = warm_policy(tiny[0]), tmp_path / "result.json"
+    flags = f"--model {start} --device cpu --dtype bfloat16 --mines 3 --turns 3 --memory {memory}"
+    flags += " --episodes 2 --num_tasks 6 --temperature 0.8 --top_p 0.9 --top_k 9 --seed 4"
+    flags += f" --sampler generate --slots 4 --max_prompt 60 --max_reply 30 --json {file} --show 5"
+    evaluation.main(flags.split())
+    printed = capsys.readouterr()
+
+    model, chat = load_policy(str(start), torch.bfloat16, "cpu")
+    player = GenerateSampler(model, chat, slots=4, max_reply=30)
+    config = SimpleNamespace(env="minesweeper", env_options=dict(size=4, mines=3, turns=3))
+    config.memory = "reflection" if memory == "swapped" else memory
+    vars(config).update(episodes=2, style="compact", max_prompt=60)
+    seeds, step = [EVAL_SEED + 2**30 + i for i in range(6)], evaluation.EVAL_PY_DRAWS
+    sampling = Sampling(seed=4, step=step, temperature=0.8, top_p=0.9, top_k=9)
+    play = partial(sampler.rollout, config, player, seeds, range(6), sampling)
+    trials, result = play(), json.loads(file.read_text())
+    if memory == "swapped":
+        lenders = evaluation.donors(trials, 2, seed=4)
+        own, trials = trials, play([lender.past for lender in lenders])
+        assert replies_of(trials) != replies_of(own), "another memory, other replies"
+        assert result["num_donors"] == len({lender.seed for lender in lenders}) > 1
+    assert printed.out.endswith("".join(f"\n{trial}\n" for trial in trials[:5]))
+    assert str(trials[5]) not in printed.out
+    assert [task["won_in"] for task in result["tasks"]] == [trial.won_in for trial in trials]
+    assert [task["seed"] for task in result["tasks"]] == seeds
+    assert result["shortened"] == sum(trial.num_shortened for trial in trials)
+    assert "generate), 4 trials at once" in printed.err
+
+
+def test_the_scripted_row_is_that_of_full_skill():
+    config = train.make_config(env="sokoban", device="cpu")
+    trials = evaluation.play_scripted(config, range(20))
+    assert [(trial.seed, trial.won_in) for trial in trials] == [(seed, 0) for seed in range(20)]
+
+
+def test_training_evaluates_on_tasks_of_its_own(tiny):
+    """RL's single episodes become three independent attempts."""
+    options = TINY | dict(env_options={"turns": 3}, eval_tasks=6)
+    config = train.make_config(**options, episodes=1, memory="reflection")
+    player = make_player(tiny, slots=6)
+    run = train.Run(None, None, player, reference=None, rank=0, world=1)
+    row, trials = train.evaluate(config, run, step=7)
+    assert (row["step"], row["num_tasks"], len(row["success"])) == (7, 6, 3)
+    seeds = [EVAL_SEED + i for i in range(6)]
+    assert [trial.seed for trial in trials] == seeds
+    assert {trial.episodes for trial in trials} == {3}
+    last = [trial.episodes_played()[2][0] for trial in trials if len(trial.episodes_played()) == 3]
+    assert last and all(turn.phase == "play" for turn in turns_of(trials))
+    firsts = [trial.turns[0].prompt_ids for trial in trials]
+    assert all(turn.prompt_ids in firsts for turn in last), "no memory"
+    sampling = Sampling(config.seed, train.EVAL_DRAWS + 7)
+    same = sampler.rollout(replace(config, episodes=3), player, seeds, range(6), sampling)
+    assert replies_of(trials) == replies_of(same)
+    assert replies_of(trials) != replies_of(train.evaluate(config, run, step=8)[1])
+
+
+def test_an_rl_policy_is_evaluated_by_independent_attempts(tmp_path):
+    def evaluated(*flags, **trained):
+        saved = {"step": 1, "config": vars(train.make_config(**TINY, **trained))}
+        (tmp_path / "lamer.json").write_text(json.dumps(saved))
+        config = evaluation.prepare(["--model", str(tmp_path), *flags])[1]
+        return config.episodes, config.memory
+
+    assert evaluated(episodes=1, memory="both") == (3, "none")
+    assert evaluated("--episodes", "2", "--memory", "both", episodes=1) == (2, "both")
+    assert evaluated(episodes=4, memory="both") == (4, "both"), "as it was trained"
+    assert evaluated("--memory", "none", episodes=4) == (4, "none")
 
 
 MY_GAME = '''
