@@ -67,8 +67,8 @@ def genuine(name):
 def check_case(case):
     """Play a recorded game and compare everything the engine said."""
     game = parse_problem(case["pddl_problem"], case["task"], case["task_type"])
-    for raw, name in case.get("names", {}).items():
-        assert game.names[raw] == name
+    if "note" not in case:  # quirks are noted, without names
+        assert case["names"].items() <= game.names.items() and case["names"]
     env = AlfWorld(turns=case["max_episode_steps"])
     env.start(game)
     reset = case["reset"]
@@ -106,7 +106,7 @@ def test_golden_genuine_game():
 
 def test_golden_start_of_the_genuine_game():
     env = AlfWorld(data=str(genuine("genuine")))
-    plays = [case for case in golden("alfworld") if case.get("genuine")]
+    plays = [case for case in golden("alfworld") if case["id"] == GENUINE]
     if not plays:
         pytest.skip(f"no play of the genuine game in {GOLDEN / 'alfworld.json'}")
     for seed in (0, 2**31 + 5):
