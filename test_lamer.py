@@ -1878,6 +1878,15 @@ def test_a_group_shares_its_task_and_every_step_has_others():
     assert not different & {*seeds_of(0, seed=1)}
 
 
+def test_a_saved_policy_goes_on_in_its_own_environment(tmp_path):
+    saved = {"step": 1, "config": vars(train.make_config(**TINY))}
+    (tmp_path / "lamer.json").write_text(json.dumps(saved))
+    flags = ["--model", str(tmp_path), "--device", "cpu"]
+    config = train.prepare([*flags, "--mines", "3"])[0]
+    assert (config.env, config.env_options["mines"]) == ("minesweeper", 3)
+    assert train.prepare([*flags, "--env", "sokoban"])[0].env == "sokoban"
+
+
 def prepared(flags, folder):
     """The options of a run that starts from some policy."""
     start = f"--env lockbox --model {folder} --device cpu --out {folder}/run --group_size 3"

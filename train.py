@@ -400,7 +400,8 @@ def prepare(argv: Sequence[str]) -> tuple[Config, dict[str, Any], int]:
     """The options, those that were given, and the number of steps already done."""
     given = parse_flags(Config, argv, __doc__)
     if not given.get("resume"):
-        config = make_config(**given)
+        saved = saved_config(newest_checkpoint(given["model"])) if "model" in given else {}
+        config = make_config(**{"env": saved.get("env", Config.env)} | given)
         env = make_env(config.env, **config.env_options)
         check_env(config.env, env)  # before a long warm start
         if not config.out:
