@@ -401,6 +401,30 @@ def test_advantages_by_hand():
     assert np.allclose(trials[0].turns[2].advantage, 3 / (np.std([10, 4], ddof=1) + 1e-6))
 
 
+def test_gigpo_compares_whole_episodes_by_what_they_were_worth_at_their_start():
+    trials = [make_trial([[0, 8]]), make_trial([[2]])]
+    lamer.compute_returns(trials, "paper", 0.5, 0.0)
+    assert of_turns("ret", trials) == [[4, 8], [2]]
+    lamer.compute_advantages([trials], "gigpo", step_weight=0.0)
+    assert of_turns("advantage", trials) == [[1, 1], [-1]]  # 4 and 2, of mean 3
+
+
+def test_official_advantages_by_hand():
+    trials = [make_trial([[0, 1], [10]]), make_trial([[2], [4], [0]])]
+    for trial, returns in zip(trials, ([6, 6, 9, 10], [4, 4, 4, 2, 0]), strict=True):
+        for turn, ret in zip(trial.turns, returns, strict=True):
+            turn.ret = ret
+    lamer.official_advantages([trials], "reinforce")
+    # E: rewards of episodes 1, 1, 10 and 2, 4, 0, of reflections 0; of mean 2 over the nine rows
+    assert of_turns("advantage", trials) == [[-1, -1, -2, 8], [0, -2, 2, -2, -2]]
+    lamer.official_advantages([trials], "gigpo")
+    # P: all play turns share an anchor (mean 5), all reflections another (9, 4, 2: mean 5)
+    assert of_turns("advantage", trials) == [[0, 0, 2, 13], [-1, -3, 1, -5, -7]]
+    trials[0].won_in = 1
+    lamer.official_advantages([trials], "reinforce", reward="success")
+    assert np.allclose(of_turns("advantage", trials)[0], [-10 / 9, -10 / 9, -10 / 9, 80 / 9])
+
+
 def test_rloo_grpo_and_success_by_hand():
     trials = three_trials()
     trials[0].won_in = 1
@@ -419,6 +443,9 @@ def test_rloo_grpo_and_success_by_hand():
         assert np.allclose(plain[:3], [-2, 2, 0], atol=1e-4), "equal means: plain differences"
     lamer.compute_returns(trials, "paper", 1.0, 0.5, reward="success")
     assert of_turns("ret", trials) == [[5, 5, 10, 10], [0, 0, 0], [0]]
+    won_late = make_trial([[3, 3], [3, 3]])
+    won_late.won_in = 1
+    assert won_late.rewards("success") == [[0, 0], [0, 10]], "only the turn that wins is paid"
 
 
 def test_ppo_advantages_by_hand():
