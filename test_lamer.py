@@ -928,6 +928,22 @@ def test_memory_modes(memory, style):
         assert first_of_second == prompts[0][1], "attempts without memory are independent"
 
 
+@pytest.mark.parametrize("style", ["full", "compact"])
+def test_memory_shows_all_past_episodes_oldest_first(style):
+    replies = ["<action>do A</action>"] * 5 + ["<remark>note A</remark>"]
+    replies += ["<action>do B</action>"] * 5 + ["<remark>note B</remark>", "<action>x</action>"]
+    prompts, trial = talk(
+        run_trial(Counter(words=0), 7, 3, Letters(), memory="both", style=style), *replies
+    )
+    second, on_second, third = (prompts[i][1] for i in (6, 11, 12))
+    assert "note A" in second and "note B" not in second
+    assert "do B" in on_second and "do A" not in on_second, "a reflection is on its own episode"
+    places = [third.index(words) for words in ("do A", "note A", "do B", "note B")]
+    assert places == sorted(places)
+    reflections = [turn for turn in trial.turns if turn.phase == "reflect"]
+    assert [turn.anchor for turn in reflections] == ["reflection"] * 2, "one set for GiGPO"
+
+
 def test_reflections_are_cut_and_unparsed_ones_are_empty():
     assert lamer.parse_reflection(f"<remark>{'x' * 3000}</remark>") == ("x" * 2000, True)
     assert lamer.parse_reflection("no tags") == ("", False)
@@ -951,6 +967,48 @@ def test_borrowed_memory_replaces_the_own():
     replies = ["<action>x</action>"] * 5 + ["<remark>own note</remark>", "<action>y</action>"]
     prompts, _ = talk(run_trial(Counter(), 7, 2, Letters(), borrowed=other), *replies)
     assert "note of another" in prompts[-1][1] and "own note" not in prompts[-1][1]
+    other.append(PastEpisode([], "a later note"))
+    prompts, _ = talk(run_trial(Counter(), 7, 3, Letters(), borrowed=other), *replies)
+    firsts = [prompts[i][1] for i in (0, 6, 12)]
+    assert ["note of another" in text for text in firsts] == [False, True, True]
+    assert ["a later note" in text for text in firsts] == [False, False, True], "as one's own would"
+
+
+class NoteTaker:
+    """A sampler that notes the number of its trial, and does nothing else; keeps the prompts."""
+
+    chat = Letters()
+
+    def run(self, trials, trial_ids, sampling):
+        pairs = zip(trial_ids, trials, strict=True)
+        talks = [talk(trial, f"<remark>note {i}.</remark>") for i, trial in pairs]
+        self.prompts = [prompts for prompts, _ in talks]
+        return [trial for _, trial in talks]
+
+
+@pytest.mark.parametrize("memory", lamer.MEMORIES)
+def test_rollout_plays_with_the_memory_asked_for(memory):
+    options = dict(memory=memory, episodes=2, max_prompt=999)
+    config, player = train.make_config(env="lockbox", device="cpu", **options), NoteTaker()
+    lent = [[PastEpisode([("knock", "", True)], f"lent {i}.")] for i in range(3)]
+    sampler.rollout(config, player, range(3), range(3), Sampling(), lent)
+    for i, prompts in enumerate(player.prompts):
+        phases, texts = zip(*prompts, strict=True)
+        has_notes = memory in ("reflection", "both")
+        assert ("reflect" in phases) == has_notes
+        assert (f"lent {i}." in texts[-1]) == has_notes, "what was lent to this trial"
+        assert ("knock" in texts[-1]) == (memory in ("history", "both"))
+
+
+def test_swapped_memory_is_that_of_another_trial(finished_run, monkeypatch):
+    player = NoteTaker()
+    monkeypatch.setattr(evaluation, "make_sampler", lambda *_: player)
+    flags = f"--model {finished_run} --env lockbox --num_tasks 8 --max_prompt 999".split()
+    for memory, is_own in (("reflection", True), ("swapped", False)):
+        evaluation.main([*flags, "--memory", memory])
+        for i, prompts in enumerate(player.prompts):
+            last = prompts[-1][1]
+            assert "note" in last and (f"note {i}." in last) == is_own
 
 
 def test_donors_are_trials_of_other_tasks():
@@ -2303,6 +2361,8 @@ def test_eval_command(finished_run, tmp_path):
         assert memory == "none" or again["num_donors"] > 8
         same = again["success"][0] == result["success"][0]
         assert same, "the first episode has no memory to swap or to lose"
+        _, config, _ = evaluation.prepare([*flags, "--memory", memory])
+        assert config.memory == dict(none="none", swapped="reflection")[memory]
 
 
 @pytest.mark.parametrize("memory", ["both", "swapped"])
