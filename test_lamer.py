@@ -1173,6 +1173,22 @@ def test_a_run_after_an_update_uses_the_new_weights(tiny):
     assert replies_of(after) == replies_of(plain) != replies_of(before)
 
 
+def test_summarize_by_hand():
+    options = dict(episodes=3, gamma_step=1.0, gamma_traj=0.5)
+    config = train.make_config(env="lockbox", device="cpu", **options)
+    trials = [make_trial([[0, 10]]), make_trial([[1], [10]]), make_trial([[0], [0], [8]])]
+    trials[0].won_in, trials[1].won_in = 0, 1
+    trials[2].num_shortened, trials[2].turns[1].is_valid = 4, False
+    assert sampler.summarize(trials, config) == {
+        "success": [1 / 3, 2 / 3, 2 / 3],
+        "return": (10 + (1 + 10 / 2) + 8 / 4) / 3,
+        "valid": 0.9,
+        "turns": 10,
+        "reply_tokens": 10,
+        "shortened": 4,
+    }
+
+
 def test_uniforms_and_pick_tokens():
     draws = sampler.uniforms(1, 2, np.arange(20000), 3)
     assert abs(draws.mean() - 0.5) < 0.01 and abs(draws.std() - 12**-0.5) < 0.01
