@@ -2349,6 +2349,26 @@ def test_two_agents_equal_one_process(finished_run, tmp_path):
     assert largest_gap(one, two) < 1e-5
 
 
+def test_training_samples_and_scores_at_its_temperature(finished_run, tmp_path):
+    flags = ["--steps", "1", "--minibatch", "9999", "--kl_coef", "0.1", "--out", str(tmp_path)]
+    train.main([*SMALL, *flags, "--temperature", "0.25"])
+    [cold], warm = rows(tmp_path / "metrics.jsonl"), rows(finished_run / "metrics.jsonl")[0]
+    assert cold["entropy"] < warm["entropy"] / 2
+    assert cold["approx_kl"] == pytest.approx(0, abs=1e-6), "sampler and policy agree"
+    assert cold["ref_kl"] == pytest.approx(0, abs=1e-6), "policy and reference agree"
+
+
+def test_evaluation_samples_at_the_temperature_given(finished_run, tmp_path):
+    file, results = tmp_path / "result.json", []
+    flags = ["--model", str(finished_run), "--num_tasks", "4", "--json", str(file)]
+    for temperature, seed in (("1", "1"), ("1", "2"), ("0", "1"), ("0", "2")):
+        evaluation.main([*flags, "--temperature", temperature, "--seed", seed])
+        results.append(json.loads(file.read_text()))
+        assert results[-1]["temperature"] == float(temperature)
+    drawn, redrawn, likeliest, again = (row["reply_tokens"] for row in results)
+    assert drawn != redrawn and likeliest == again, "at 0 no draw matters"
+
+
 def test_eval_command(finished_run, tmp_path):
     file = tmp_path / "result.json"
     flags = ["--model", str(finished_run), "--num_tasks", "16", "--json", str(file)]
