@@ -1573,25 +1573,83 @@ def test_update_does_not_depend_on_micro_batches(tiny, batch):
         assert again["entropy"] == pytest.approx(stats["entropy"], abs=1e-5)
 
 
+def distributions(model, turn, vocab_size, temperature=1.0):
+    """Log-probabilities of every token where the reply's were drawn, from whole logits: (T, V)."""
+    logits = model(torch.tensor([turn.prompt_ids + turn.reply_ids])).logits
+    logits = logits[0, len(turn.prompt_ids) - 1 : -1, :vocab_size]
+    return (logits / temperature).log_softmax(-1)
+
+
 def test_update_is_the_gradient_of_the_clipped_loss(tiny, batch):
     """One mini-batch against the plainest loss: whole logits, a loop over turns, one division."""
-    model, vocab_size = copy.deepcopy(tiny[1]), tiny[2].vocab_size
-    total, count = 0.0, 0
-    for turn in turns_of(batch):
-        logits = model(torch.tensor([turn.prompt_ids + turn.reply_ids])).logits
-        logits = logits[0, len(turn.prompt_ids) - 1 : -1, :vocab_size]
-        logps = logits.log_softmax(-1)[range(len(turn.reply_ids)), turn.reply_ids]
+    turns, model, max_norm = turns_of(batch[:10]), copy.deepcopy(tiny[1]), 0.05
+    total, kl, num_clipped, count, kinds = 0.0, 0.0, 0, 0, set()
+    for i, turn in enumerate(turns):
+        logps = distributions(model, turn, tiny[2].vocab_size)
+        logps = logps[range(len(turn.reply_ids)), turn.reply_ids]
+        target = (0.2, 0.8, 1.2, 5.0)[i % 4]  # a ratio: far or near, on either side of 1
+        kinds.add((target, turn.advantage > 0))
+        turn.logps = (logps.detach() - math.log(target)).tolist()
         ratio = (logps - torch.tensor(turn.logps)).exp()
-        plain, clipped = ratio * turn.advantage, ratio.clamp(0.8, 1.2) * turn.advantage
-        total = total - torch.minimum(plain, clipped).sum()
+        plain, clipped = ratio * turn.advantage, ratio.clamp(0.7, 1.3) * turn.advantage
+        objective = torch.minimum(plain, clipped)
+        if turn.advantage < 0:
+            objective = objective.clamp(min=3 * turn.advantage)
+        total = total - objective.sum()
+        kl += (ratio - 1 - ratio.log()).sum().item()
+        num_clipped += (clipped < plain).sum().item()
         count += len(turn.reply_ids)
+    assert len(kinds) == 8, "each ratio with advantages of both signs"
     (total / count).backward()
-    norm = nn.utils.clip_grad_norm_(model.parameters(), 1e9).item()
-    stats = update(*learner(tiny), batch)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm).item()
+    assert norm > 2 * max_norm, "a gradient to clip"
+    torch.optim.SGD(model.parameters(), lr=1.0).step()
+
+    config, policy, _ = learner(tiny, clip=0.3, dual_clip=3.0, grad_clip=max_norm)
+    stats = update(config, policy, torch.optim.SGD(policy.parameters(), lr=1.0), batch[:10])
+    assert largest_gap(policy.model.state_dict(), model.state_dict()) < 1e-6
+    assert largest_gap(policy.model.state_dict(), tiny[1].state_dict()) > 1e-3
     assert stats["updates"] == 1
-    assert stats["grad_norm"] == pytest.approx(norm, rel=1e-4)
-    assert stats["loss"] == pytest.approx((total / count).item(), abs=1e-6)
-    assert stats["approx_kl"] == pytest.approx(0, abs=1e-6) and stats["clip_fraction"] == 0
+    assert stats["grad_norm"] == pytest.approx(norm, rel=1e-4), "before clipping"
+    assert stats["loss"] == pytest.approx((total / count).item(), rel=1e-4)
+    assert stats["approx_kl"] == pytest.approx(kl / count, rel=1e-4)
+    assert stats["clip_fraction"] == pytest.approx(num_clipped / count)
+
+
+def test_update_adds_entropy_kl_and_value_terms(tiny, batch):
+    """Against plain ones: means over tokens for entropy and KL, over turns for values."""
+    turns, temperature = turns_of(batch[:10]), 0.7
+    value_head = nn.Linear(tiny[1].config.hidden_size, 1)
+    options = dict(temperature=temperature, entropy_coef=0.3, kl_coef=0.2, grad_clip=0.05)
+    config, policy, _ = learner(tiny, copy.deepcopy(value_head), **options)
+    model, other = copy.deepcopy(tiny[1]), copy.deepcopy(tiny[1])
+    other.model.norm.weight.data *= 1.5
+    entropy = kl = error = count = 0.0
+    for turn in turns:
+        turn.advantage, turn.value_target = 0.0, turn.ret
+        logps, others = (
+            distributions(each, turn, tiny[2].vocab_size, temperature) for each in (model, other)
+        )
+        entropy = entropy - (logps.exp() * logps).sum()
+        d = (logps - others.detach())[range(len(turn.reply_ids)), turn.reply_ids]
+        kl = kl + ((-d).exp() - 1 + d).clamp(max=10).sum()
+        state = model.model(torch.tensor([turn.prompt_ids])).last_hidden_state[0, -1].detach()
+        error = error + (value_head(state)[0] - turn.ret) ** 2 / 2
+        count += len(turn.reply_ids)
+    (-0.3 * entropy / count + 0.2 * kl / count + error / len(turns)).backward()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 0.05).item()
+    assert norm > 0.1, "a gradient to clip"
+    torch.optim.SGD([*model.parameters(), *value_head.parameters()], lr=1.0).step()
+
+    sgd = torch.optim.SGD(policy.parameters(), lr=1.0)
+    reference = Policy(other, tiny[2].vocab_size, temperature).eval()
+    stats = update(config, policy, sgd, batch[:10], reference)
+    assert largest_gap(policy.model.state_dict(), model.state_dict()) < 1e-6
+    assert largest_gap(policy.value_head.state_dict(), value_head.state_dict()) < 1e-4
+    assert stats["grad_norm"] == pytest.approx(norm, rel=1e-4), "of the model alone"
+    assert stats["entropy"] == pytest.approx(entropy.item() / count, rel=1e-4)
+    assert stats["ref_kl"] == pytest.approx(kl.item() / count, rel=1e-4)
+    assert stats["value_loss"] == pytest.approx(error.item() / len(turns), rel=1e-4)
 
 
 def test_a_broken_step_does_not_reach_the_weights(tiny, batch):
@@ -1615,22 +1673,25 @@ def test_the_update_makes_good_replies_likelier(tiny, batch):
 
 
 def test_the_logged_kl_is_that_of_the_step(tiny, batch):
-    """KL(sampler || policy) from the sampler's tokens, and exactly, over the whole vocabulary."""
+    """KL(sampler || policy): k3 of the sampler's tokens; near the exact one, over all tokens."""
     config, policy, optimizer = learner(tiny, lr=3e-3)
     trials, start = batch[:6], tiny[1]
     stats = update(config, policy, optimizer, trials)
     small = pytest.approx(0, abs=1e-5)
     assert stats["approx_kl"] == small, "before the only step nothing has changed"
-    exact = 0.0
+    exact, k3, count = 0.0, 0.0, 0
     for turn in turns_of(trials):
-        ids = torch.tensor([turn.prompt_ids + turn.reply_ids])
         with torch.no_grad():
-            logits = [model(ids).logits[0] for model in (start, policy.model)]
-        old, new = (each[len(turn.prompt_ids) - 1 : -1].log_softmax(-1) for each in logits)
+            old, new = (
+                distributions(model, turn, tiny[2].vocab_size) for model in (start, policy.model)
+            )
         exact += (old.exp() * (old - new)).sum().item()
+        d = (new - old)[range(len(turn.reply_ids)), turn.reply_ids]
+        k3 += (d.exp() - 1 - d).sum().item()
+        count += len(turn.reply_ids)
     again = update(config, policy, optimizer, trials)
-    estimate = again["approx_kl"] * lamer.count_tokens(turns_of(trials))
-    assert estimate == pytest.approx(exact, rel=0.5) and estimate > 0.01
+    assert again["approx_kl"] == pytest.approx(k3 / count, rel=1e-3)
+    assert k3 == pytest.approx(exact, rel=0.5) and k3 > 0.01
 
 
 def test_kl_to_the_start_pulls_back(tiny, batch):
