@@ -411,15 +411,15 @@ def test_gigpo_compares_whole_episodes_by_what_they_were_worth_at_their_start():
 
 def test_official_advantages_by_hand():
     trials = [make_trial([[0, 1], [10]]), make_trial([[2], [4], [0]])]
-    for trial, returns in zip(trials, ([6, 6, 9, 10], [4, 4, 4, 2, 0]), strict=True):
+    for trial, returns in zip(trials, ([6, 6, 12, 10], [4, 7, 4, 2, 0]), strict=True):
         for turn, ret in zip(trial.turns, returns, strict=True):
             turn.ret = ret
     lamer.official_advantages([trials], "reinforce")
     # E: rewards of episodes 1, 1, 10 and 2, 4, 0, of reflections 0; of mean 2 over the nine rows
     assert of_turns("advantage", trials) == [[-1, -1, -2, 8], [0, -2, 2, -2, -2]]
     lamer.official_advantages([trials], "gigpo")
-    # P: all play turns share an anchor (mean 5), all reflections another (9, 4, 2: mean 5)
-    assert of_turns("advantage", trials) == [[0, 0, 2, 13], [-1, -3, 1, -5, -7]]
+    # P: all play turns share an anchor (mean 5), all reflections another (12, 7, 2: mean 7)
+    assert of_turns("advantage", trials) == [[0, 0, 3, 13], [-1, -2, 1, -7, -7]]
     trials[0].won_in = 1
     lamer.official_advantages([trials], "reinforce", reward="success")
     assert np.allclose(of_turns("advantage", trials)[0], [-10 / 9, -10 / 9, -10 / 9, 80 / 9])
