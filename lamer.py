@@ -65,6 +65,24 @@ class Turn:
     advantage: float = 0.0  # set by compute_advantages; an invalid reply's is less its penalty
     old_logps: list[float] = field(default_factory=list)  # what ratios are measured against
 
+    def token_ids(self) -> list[int]:
+        """Prompt and reply: what the model reads."""
+        return self.prompt_ids + self.reply_ids
+
+
+def make_turn(prompt_ids: list[int], reply_ids: list[int]) -> Turn:
+    """A turn of bare token ids, to be scored."""
+    return Turn(
+        episode=0,
+        phase="play",
+        prompt_ids=prompt_ids,
+        reply_ids=reply_ids,
+        logps=[],
+        reply="",
+        observation="",
+        anchor="",
+    )
+
 
 Records = Sequence[tuple[str, str, bool]]  # (action, observation after it, done), one per turn
 
@@ -523,7 +541,7 @@ def penalize_invalid(trials: Sequence[Trial], penalty: float, device: torch.devi
 def compute_values(policy: "Policy", trials: Iterable[Trial], microbatch_tokens: int) -> None:
     """Set `value` of every turn: what the value head sees in the state after its prompt."""
     turns = [turn for trial in trials for turn in trial.turns]
-    for batch in micro_batches(turns, microbatch_tokens):
+    for batch in micro_batches(policy, turns, microbatch_tokens):
         for turn, value in zip(batch, policy(batch).values.tolist(), strict=True):
             turn.value = value
 
@@ -589,33 +607,78 @@ def official_advantages(
 # ----------------------------------------------------------------------------- the policy
 
 
-def pad(rows: Sequence[Sequence[int]], left: bool = False) -> Tensor:
-    """Pad to a rectangle with id 0. [[5, 6], [7]] -> [[5, 6], [7, 0]]
+class PrefixTree(NamedTuple):
+    """Rows of token ids in which a shared prefix stands once; see `prefix_tree`."""
 
-    Which ids are padding is told by length, never by id: 0 may be a token like any other.
+    ids: list[int]  # (N,) the token of every node
+    depths: list[int]  # (N,) its position in the rows that pass through it
+    parents: list[int]  # (N,) the node before it; -1 at the start of a row
+    ends: list[int]  # (N,) its descendants are the nodes up to here, this one excluded
+    paths: list[list[int]]  # for every row, in the order given, the nodes of its tokens
+
+
+def prefix_tree(rows: Sequence[Sequence[int]]) -> PrefixTree:
+    """Merge rows of token ids where they begin alike.
+
+        A  7 8 5      7 - 8 - 5       node     0  1  2  3  4      path of A  0 1 2
+        B  7 8 6 2         \\          token    7  8  5  6  2      path of B  0 1 3 4
+        C  7 8 6            6 - 2     depth    0  1  2  2  3      path of C  0 1 3
+                                      parent  -1  0  1  1  3
+                                      end      5  5  3  5  5
+
+    What a causal model computes at a token depends on nothing but the tokens before it, so a node
+    serves all rows that pass through it. Nodes are numbered along the sorted rows: each row shares
+    as much with the one before it as with any, and what descends from a node stands right behind
+    it. So node j sees node i if i <= j < ends[i].
     """
-    width = max(len(row) for row in rows)
-    padded = []
-    for row in rows:
-        fill = [0] * (width - len(row))
-        padded.append([*fill, *row] if left else [*row, *fill])
-    return torch.tensor(padded)
+    tree = PrefixTree([], [], [], [], [[] for _ in rows])
+    before: Sequence[int] = []
+    path: list[int] = []  # of the row before
+    for number in sorted(range(len(rows)), key=rows.__getitem__):
+        row, size = rows[number], len(tree.ids)
+        shared = common_prefix(before, row)
+        for node in path[shared:]:
+            tree.ends[node] = size
+        new = range(size, size + len(row) - shared)
+        path = [*path[:shared], *new]
+        tree.ids.extend(row[shared:])
+        tree.depths.extend(range(shared, len(row)))
+        tree.parents.extend([-1, *path][shared:-1])
+        tree.ends.extend([0] * len(new))
+        tree.paths[number] = path
+        before = row
+    for node in path:
+        tree.ends[node] = len(tree.ids)
+    return tree
 
 
-def fill_batches(items: Iterable, max_tokens: int, length: Callable[[Any], int]) -> list[list]:
-    """Items sorted by length, cut so that a padded batch has at most max_tokens (or one item)."""
-    batches: list[list] = []
-    for item in sorted(items, key=length):
-        # the longest so far, since sorted: it sets the width of the batch
-        if not batches or (len(batches[-1]) + 1) * length(item) > max_tokens:
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the longest common prefix."""
+    limit = min(len(a), len(b))
+    if a[:limit] == b[:limit]:
+        return limit
+    return next(i for i in range(limit) if a[i] != b[i])
+
+
+def micro_batches(policy: Any, turns: Iterable[Turn], max_tokens: int) -> list[list[Turn]]:
+    """Turns in batches whose trees have at most max_tokens nodes, or of one turn.
+
+    In sorted order, so that turns with much in common meet. Bounded, since attention in a tree
+    costs the square of its size.
+    """
+    if not unwrap(policy).takes_trees:
+        return [[turn] for turn in turns]
+    batches: list[list[Turn]] = []
+    size, before = max_tokens, []
+    for turn in sorted(turns, key=Turn.token_ids):
+        row = turn.token_ids()
+        size += len(row) - common_prefix(before, row)
+        if size > max_tokens or not batches:
             batches.append([])
-        batches[-1].append(item)
+            size = len(row)
+        batches[-1].append(turn)
+        before = row
     return batches
-
-
-def micro_batches(turns: Iterable[Turn], max_tokens: int) -> list[list[Turn]]:
-    """Turns in batches of at most max_tokens, padding included."""
-    return fill_batches(turns, max_tokens, lambda turn: len(turn.prompt_ids) + len(turn.reply_ids))
 
 
 class PolicyOutput(NamedTuple):
@@ -645,37 +708,80 @@ class Policy(torch.nn.Module):
         self.model, self.value_head = model, value_head
         self.vocab_size, self.temperature, self.bf16 = vocab_size, temperature, bf16
         self.chunk = max(1, 2**26 // vocab_size)  # tokens: 256 MB of fp32 logits at a time
+        self.takes_trees = True  # until `check_trees` finds otherwise
 
     def forward(self, turns: Sequence[Turn], need_entropy_grad: bool = False) -> PolicyOutput:
-        """Score the replies of a batch of turns.
+        """Score the replies of a batch of turns, on their prefix tree.
 
-        Sequences are padded on the right, so causal attention needs no mask. Only the states that
-        predict reply tokens reach the output layer, in chunks that are recomputed in the backward
-        pass: the logits of a whole batch never exist.
+        Only the states that predict reply tokens reach the output layer, in chunks that are
+        recomputed in the backward pass: the logits of a whole batch never exist.
         """
         device = self.model.device
-        tokens = pad([turn.prompt_ids + turn.reply_ids for turn in turns]).to(device)  # (B, L)
-        last = [len(turn.prompt_ids) - 1 for turn in turns]  # the states that predict first tokens
-        rows = [row for row, turn in enumerate(turns) for _ in turn.reply_ids]
-        columns = [last[i] + t for i, turn in enumerate(turns) for t in range(len(turn.reply_ids))]
-        targets = [token for turn in turns for token in turn.reply_ids]
+        tree = prefix_tree([turn.token_ids() for turn in turns])
+        ids, parents = torch.tensor([tree.ids, tree.parents], device=device)  # (N,), (N,)
+        pairs = [(len(turn.prompt_ids), p) for turn, p in zip(turns, tree.paths, strict=True)]
+        replies = torch.tensor([node for start, path in pairs for node in path[start:]])  # (T,)
+        # Turns that replied alike so far share the prediction of the next token, too.
+        nodes, where = replies.to(device).unique(return_inverse=True)  # (U,), (T,)
 
         # Autocast would keep the bf16 copy of every weight it casts; each is used once a pass.
         with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False):
-            decoder = self.model.get_decoder()
-            hidden = decoder(input_ids=tokens, use_cache=False).last_hidden_state  # (B, L, h)
-            states = hidden[rows, columns].split(self.chunk)  # of (C, h)
-            targets = torch.tensor(targets, device=device).split(self.chunk)  # of (C,)
+            hidden = self.hidden_states(tree)  # (N, h)
+            states = hidden[parents[nodes]].split(self.chunk)  # of (C, h)
+            chunks = [*zip(states, ids[nodes].split(self.chunk), strict=True)]
             score = partial(self.score, need_entropy_grad=need_entropy_grad)
-            chunks = [
-                checkpoint(score, *chunk, use_reentrant=False)
-                for chunk in zip(states, targets, strict=True)
-            ]
-        logps, entropies = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+            if len(chunks) > 1:
+                score = partial(checkpoint, score, use_reentrant=False)
+            scored = [score(*chunk) for chunk in chunks]
+        logps, entropies = (torch.cat(parts)[where] for parts in zip(*scored, strict=True))  # (T,)
         values = None
         if self.value_head is not None:  # detached: values must not move the policy
-            values = self.value_head(hidden[range(len(turns)), last].detach().float())[:, 0]
+            last = [path[start - 1] for start, path in pairs]
+            values = self.value_head(hidden[last].detach().float())[:, 0]  # (B,)
         return PolicyOutput(logps, entropies, values)
+
+    def hidden_states(self, tree: PrefixTree) -> Tensor:
+        """The decoder's states at the nodes of a tree (N, h), in one pass.
+
+        Positions are depths, and a mask shows each node its ancestors and itself.
+        """
+        device = self.model.device
+        ids, depths, ends = torch.tensor([tree.ids, tree.depths, tree.ends], device=device)
+        mask = None
+        if len(tree.paths) > 1:  # one row alone is what the model expects
+            node = torch.arange(len(ids), device=device)
+            is_hidden = (node > node[:, None]) | (node[:, None] >= ends)  # (N, N)
+            dtype = torch.bfloat16 if self.bf16 else self.model.dtype
+            mask = torch.zeros(is_hidden.shape, dtype=dtype, device=device)
+            mask = mask.masked_fill_(is_hidden, torch.finfo(dtype).min)[None, None]
+        output = self.model.get_decoder()(
+            input_ids=ids[None],
+            position_ids=depths[None],
+            attention_mask=mask,
+            use_cache=False,
+        )
+        return output.last_hidden_state[0]
+
+    @torch.no_grad()
+    def check_trees(self, ids: Sequence[int]) -> None:
+        """See whether the model takes mask and positions as given, on two turns that fork.
+
+        `ids` is a real prompt. If not (layers with a window or a state of their own, positions
+        counted by themselves), every turn is computed alone.
+        """
+        half = len(ids) // 2
+        turns = [make_turn(ids[:half], ids[half:]), make_turn(ids[:half], ids[half + 1 :])]
+        bf16, self.bf16 = self.bf16, False  # what rounds little shows little mistakes
+        alone = torch.cat([self(turns[:1]).logps, self(turns[1:]).logps])
+        try:
+            self.takes_trees = torch.allclose(self(turns).logps, alone, rtol=1e-4, atol=1e-4)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # every architecture fails in a way of its own
+            self.takes_trees = False
+        self.bf16 = bf16
+        if not self.takes_trees:
+            print0("this model takes no mask of ours: the update computes every turn alone")
 
     def score(
         self, states: Tensor, targets: Tensor, need_entropy_grad: bool
@@ -742,17 +848,19 @@ def update(
         if num_turns == 0:
             continue
         with all_or_none(device), local_gradients(policy):
-            for batch in micro_batches(minibatch, config.microbatch_tokens):
-                logps, entropies, values = policy(batch, config.entropy_coef != 0)
-                old_logps, advantages = per_token(batch, device)  # (T,), (T,)
-                losses, is_clipped = clipped_loss(
-                    logps, old_logps, advantages, config.clip, config.dual_clip
-                )
-                ref_kls = kl_to_reference(logps, reference, batch)  # (T,)
-                errors = value_errors(values, batch, device)  # (B,)
-                loss = losses - config.entropy_coef * entropies + config.kl_coef * ref_kls
-                loss = loss.sum() / num_tokens + errors.sum() / num_turns
-                (loss * world).backward()  # DDP averages over processes; this is a sum
+            for batch, is_flat in batches_by_gradient(policy, minibatch, config):
+                with torch.set_grad_enabled(not is_flat):
+                    logps, entropies, values = policy(batch, config.entropy_coef != 0)
+                    old_logps, advantages = per_token(batch, device)  # (T,), (T,)
+                    losses, is_clipped = clipped_loss(
+                        logps, old_logps, advantages, config.clip, config.dual_clip
+                    )
+                    ref_kls = kl_to_reference(logps, reference, batch)  # (T,)
+                    errors = value_errors(values, batch, device)  # (B,)
+                    loss = losses - config.entropy_coef * entropies + config.kl_coef * ref_kls
+                    loss = loss.sum() / num_tokens + errors.sum() / num_turns
+                if not is_flat:
+                    (loss * world).backward()  # DDP averages over processes; this is a sum
                 change = (logps.detach() - old_logps).clamp(-20, 20)
                 approx_kls = change.expm1() - change  # k3 of KL(old policy || policy)
                 logged = losses, entropies, is_clipped, approx_kls, ref_kls, errors
@@ -760,6 +868,23 @@ def update(
         norms.append(optimizer_step(policy, optimizer, config.grad_clip))
     policy.eval()
     return update_statistics(turns, sums.tolist(), norms, device)
+
+
+def batches_by_gradient(
+    policy: Any, turns: Sequence[Turn], config: Any
+) -> Iterator[tuple[list[Turn], bool]]:
+    """Micro-batches, and whether the loss is flat there: then no backward pass is needed.
+
+    It is where the advantage is exactly 0, unless entropy, KL or a value have a part in it. Such
+    turns stay in all counts and statistics.
+    """
+    is_alone = not config.entropy_coef and not config.kl_coef and unwrap(policy).value_head is None
+    flat = [turn for turn in turns if is_alone and turn.advantage == 0]
+    steep = [turn for turn in turns if not is_alone or turn.advantage != 0]
+    for batch in micro_batches(policy, steep, config.microbatch_tokens):
+        yield batch, False
+    for batch in micro_batches(policy, flat, config.microbatch_tokens):
+        yield batch, True
 
 
 def per_token(turns: Iterable[Turn], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -822,7 +947,7 @@ def set_old_logps(policy: Any, turns: Sequence[Turn], microbatch_tokens: int) ->
         for turn in turns:
             turn.old_logps = turn.logps
         return
-    for batch in micro_batches(turns, microbatch_tokens):
+    for batch in micro_batches(policy, turns, microbatch_tokens):
         logps = policy(batch).logps.split([len(turn.reply_ids) for turn in batch])
         for turn, new in zip(batch, logps, strict=True):
             turn.old_logps = new.tolist()
@@ -835,6 +960,9 @@ def optimizer_step(policy: Any, optimizer: torch.optim.Optimizer, max_norm: floa
     """
     synchronize(policy)
     model, value_head = unwrap(policy).model, unwrap(policy).value_head
+    for weight in model.parameters():
+        if weight.grad is None:  # of a mini-batch without any gradient, which moves by momentum
+            weight.grad = torch.zeros_like(weight)
     norm = clip_grad_norm_(model.parameters(), max_norm).item()
     if value_head is not None:  # not clipped, and no part of the norm, unless it is broken
         head_norm = get_total_norm([p.grad for p in value_head.parameters()])
@@ -853,17 +981,7 @@ def synchronize(policy: Any) -> None:
     count and no statistic.
     """
     if isinstance(policy, DistributedDataParallel):
-        token = Turn(
-            episode=0,
-            phase="play",
-            prompt_ids=[0],
-            reply_ids=[0],
-            logps=[0.0],
-            reply="",
-            observation="",
-            anchor="",
-        )
-        outputs = [output for output in policy([token]) if output is not None]
+        outputs = [output for output in policy([make_turn([0], [0])]) if output is not None]
         (sum(output.sum() for output in outputs) * 0).backward()
 
 

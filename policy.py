@@ -32,7 +32,16 @@ from transformers import (
 )
 
 from envs import Env, derive_seed, make_env
-from lamer import Reply, Trial, Turn, micro_batches, pad, parse_reflection, run_trial
+from lamer import (
+    Policy,
+    Reply,
+    Trial,
+    Turn,
+    make_turn,
+    micro_batches,
+    parse_reflection,
+    run_trial,
+)
 from sampler import Chat
 
 # ------------------------------------------------------------------- folders with a policy
@@ -258,6 +267,7 @@ def warm_policy(config: Any) -> Path:
     optimizers = make_optimizers(model, config.warm_lr)
     schedule = partial(warm_up_and_down, steps=config.warm_steps)
     schedulers = [torch.optim.lr_scheduler.LambdaLR(each, schedule) for each in optimizers]
+    policy = Policy(model, len(tokenizer))
     batches = scripted_batches(env, Chat(tokenizer), config, rng, play)
     bar = tqdm(
         range(config.warm_steps),
@@ -266,7 +276,7 @@ def warm_policy(config: Any) -> Path:
         file=sys.stderr,
     )
     for _ in bar:
-        loss = imitate(model, next(batches))
+        loss = imitate(policy, next(batches))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
             optimizer.step()
@@ -326,7 +336,7 @@ def scripted_batches(
         yield batch
 
 
-def imitate(model: Any, turns: Sequence[Turn], microbatch_tokens: int = 8192) -> float:
+def imitate(policy: Policy, turns: Sequence[Turn], microbatch_tokens: int = 512) -> float:
     """Gradient of the mean loss over reply tokens plus that over prompt tokens; returns their sum.
 
     Predicting a board from its remembered picture is what teaches a small model to look back.
@@ -334,20 +344,14 @@ def imitate(model: Any, turns: Sequence[Turn], microbatch_tokens: int = 8192) ->
     num_replies = sum(len(turn.reply_ids) for turn in turns)
     num_prompts = sum(len(turn.prompt_ids) - 1 for turn in turns)
     total = 0.0
-    for batch in micro_batches(turns, microbatch_tokens):
-        tokens = pad([turn.prompt_ids + turn.reply_ids for turn in batch])  # (B, L)
-        weights = torch.zeros(tokens.shape)  # (B, L)
-        for row, turn in zip(weights, batch, strict=True):
-            start, end = len(turn.prompt_ids), len(turn.prompt_ids) + len(turn.reply_ids)
-            row[1:start] = 1 / num_prompts
-            row[start:end] = 1 / num_replies
-        is_target = weights[:, 1:] > 0  # (B, L-1)
-        hidden = model.model(input_ids=tokens, use_cache=False).last_hidden_state  # (B, L, h)
-        logits = model.lm_head(hidden[:, :-1][is_target])  # (T, V)
-        losses = torch.nn.functional.cross_entropy(
-            logits, tokens[:, 1:][is_target], reduction="none"
-        )
-        loss = (losses * weights[:, 1:][is_target]).sum()
+    for batch in micro_batches(policy, turns, microbatch_tokens):
+        weights = []
+        for turn in batch:
+            weights += [1 / num_prompts] * (len(turn.prompt_ids) - 1)
+            weights += [1 / num_replies] * len(turn.reply_ids)
+        # all tokens but the first as the reply
+        rows = [make_turn(turn.prompt_ids[:1], turn.token_ids()[1:]) for turn in batch]
+        loss = -(policy(rows).logps * torch.tensor(weights)).sum()
         loss.backward()
         total += loss.item()
     return total

@@ -7,19 +7,20 @@ serve a list of them and draw the same tokens:
                         reference, and the fallback for models with attention of another kind
     ContinuousSampler   continuous batching with prefix caching: every row of one preallocated
                         key/value cache goes on to its trial's next turn, and then to the next
-                        trial, as soon as it can; what a prompt shares with the row's last one is
-                        not computed again
+                        trial, as soon as it can; what a prompt shares with the row's last one, or
+                        with any other row's, is not computed again
 
 A token is drawn by a uniform number keyed by (seed, step, trial, turn, token): what is sampled
 depends neither on the sampler nor on the number of rows, of processes, nor on order. At the end of
 the file stands what train.py and eval.py share: `make_sampler`, `rollout`, `summarize`.
 """
 
+import bisect
 import inspect
 import math
 import re
-from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,10 +37,9 @@ from lamer import (
     Reply,
     Trial,
     all_reduce_sum,
+    common_prefix,
     count_tokens,
     cross_episode_returns,
-    fill_batches,
-    pad,
     print0,
     run_trial,
 )
@@ -165,6 +165,30 @@ def pick_tokens(logits: Tensor, uniform: np.ndarray, sampling: Sampling) -> tupl
 # --------------------------------------------- the plain sampler: batched HF generation
 
 
+def pad(rows: Sequence[Sequence[int]], left: bool = False) -> Tensor:
+    """Pad to a rectangle with id 0. [[5, 6], [7]] -> [[5, 6], [7, 0]]
+
+    Which ids are padding is told by length, never by id: 0 may be a token like any other.
+    """
+    width = max(len(row) for row in rows)
+    padded = []
+    for row in rows:
+        fill = [0] * (width - len(row))
+        padded.append([*fill, *row] if left else [*row, *fill])
+    return torch.tensor(padded)
+
+
+def fill_batches(items: Iterable, max_tokens: int, length: Callable[[Any], int]) -> list[list]:
+    """Items sorted by length, cut so that a padded batch has at most max_tokens (or one item)."""
+    batches: list[list] = []
+    for item in sorted(items, key=length):
+        # the longest so far, since sorted: it sets the width of the batch
+        if not batches or (len(batches[-1]) + 1) * length(item) > max_tokens:
+            batches.append([])
+        batches[-1].append(item)
+    return batches
+
+
 class GenerateSampler:
     """The plain reference: `model.generate`, trials in lock-step over turns."""
 
@@ -265,7 +289,8 @@ def start_trial(row: CacheRow, trial_index: int, trial: Generator) -> None:
 
 def start_reply(row: CacheRow, prompt: Prompt) -> None:
     """Keep what the row holds of this prompt; the rest is still to be computed."""
-    length = common_prefix(row.cached_ids, prompt.ids)
+    # The last token is computed in any case: it gives the first logits.
+    length = common_prefix(row.cached_ids, prompt.ids[:-1])
     row.cached_ids, row.pending_ids = prompt.ids[:length], prompt.ids[length:]
     row.reply_ids, row.logps = [], []
 
@@ -279,12 +304,6 @@ def finish_reply(row: CacheRow, chat: Chat) -> Trial | None:
         return stop.value
     start_reply(row, prompt)
     return None
-
-
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the longest common prefix, short of the whole of `b`."""
-    limit = min(len(a), len(b) - 1)  # the last token is computed: it gives the first logits
-    return next((i for i in range(limit) if a[i] != b[i]), limit)
 
 
 @dataclass
@@ -362,11 +381,45 @@ class RowCache(Cache):
         mask = torch.zeros(hidden.shape, dtype=dtype, device=self.device)
         return mask.masked_fill_(hidden, torch.finfo(dtype).min)[:, None]
 
-    def move_row(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` columns of a row."""
+    def copy(self, source: int, targets: Sequence[int], length: int) -> None:
+        """Copy the first `length` columns of a row to other rows."""
         for layer in self.layers:
             for states in (layer.keys, layer.values):
-                states[target, :, :length] = states[source, :, :length]
+                states[targets, :, :length] = states[source, :, :length]
+
+
+LEAST_SHARED = 8  # tokens; for fewer, waiting and copying would cost more than computing them
+
+
+def share_prefixes(
+    cache: RowCache, rows: Sequence[CacheRow], new: Sequence[int]
+) -> tuple[list[int], list[int]]:
+    """Copy what other rows hold of new prompts; returns the rows to compute now, and later.
+
+    Later are those that begin as one that is computed now, and can then copy that from it: of the
+    trials of a task only the first computes the rules, the board, and any move they all made.
+    """
+    held = sorted((row.cached_ids, number) for number, row in enumerate(rows))
+    prompts = {number: rows[number].cached_ids + rows[number].pending_ids for number in new}
+    copies, now, later, leader = defaultdict(list), [], [], []
+    for number in sorted(new, key=prompts.__getitem__):
+        row, prompt = rows[number], prompts[number]
+        wanted = prompt[:-1]  # the last token is computed: it gives the first logits
+        # In a sorted list those with the longest common prefix are next to where it would stand.
+        place = bisect.bisect(held, (prompt,))
+        near = held[max(0, place - 1) : place + 1]
+        length, source = max((common_prefix(ids, wanted), other) for ids, other in near)
+        if length - len(row.cached_ids) >= LEAST_SHARED:
+            copies[source, length].append(number)
+            row.cached_ids, row.pending_ids = prompt[:length], prompt[length:]
+        if common_prefix(leader, wanted) - len(row.cached_ids) >= LEAST_SHARED:
+            later.append(number)
+        else:
+            now.append(number)
+            leader = prompt
+    for (source, length), targets in copies.items():
+        cache.copy(source, targets, length)
+    return now, later
 
 
 class UnsupportedModelError(ValueError):
@@ -475,7 +528,7 @@ class ContinuousSampler:
             for number in reversed(ended):
                 last = rows.pop()
                 if number < len(rows):
-                    cache.move_row(len(rows), number, len(last.cached_ids))
+                    cache.copy(len(rows), [number], len(last.cached_ids))
                     rows[number] = last
         return finished
 
@@ -487,13 +540,15 @@ class ContinuousSampler:
             # All rows, so that the cache is read in place; those with a new prompt idle.
             last = [row.reply_ids[-1:] for row in rows]
             logits = self.forward(cache, rows, range(len(rows)), last)
-        # Memory in tokens: the cached ones are copied to be read, for a quarter of a new one's.
-        cost = {n: max(len(rows[n].pending_ids), len(rows[n].cached_ids) // 4) for n in new}
-        for batch in fill_batches(new, PREFILL_TOKENS, cost.__getitem__):
-            ready = self.forward(cache, rows, batch, [rows[n].pending_ids for n in batch])
-            if logits is None:
-                logits = ready.new_zeros(len(rows), ready.shape[-1])
-            logits[batch] = ready
+        while new:
+            now, new = share_prefixes(cache, rows, new)
+            # Memory in tokens: cached ones are copied to be read, for a quarter of a new one's.
+            cost = {n: max(len(rows[n].pending_ids), len(rows[n].cached_ids) // 4) for n in now}
+            for batch in fill_batches(now, PREFILL_TOKENS, cost.__getitem__):
+                ready = self.forward(cache, rows, batch, [rows[n].pending_ids for n in batch])
+                if logits is None:
+                    logits = ready.new_zeros(len(rows), ready.shape[-1])
+                logits[batch] = ready
         return logits
 
     def forward(
@@ -537,17 +592,9 @@ def make_sampler(
 ) -> ContinuousSampler | GenerateSampler:
     """The sampler of --sampler for `slots` trials at once; prints which one runs.
 
-    The plain one also where the model's attention is of another kind. ValueError where a single
-    turn of the environment does not fit into --max_prompt.
+    The plain one also where the model's attention is of another kind.
     """
-    env = make_env(config.env, **config.env_options)
-    trial = run_trial(env, EVAL_SEED, 1, chat, style=config.style, max_prompt=10**9)
-    probe_ids = next(trial).ids
-    if len(probe_ids) > config.max_prompt:
-        raise ValueError(
-            f"one turn of {env.name} needs {len(probe_ids)} prompt tokens, "
-            f"--max_prompt is {config.max_prompt}"
-        )
+    probe_ids = first_prompt(config, chat)
     sampler, note = None, "--sampler generate"
     if config.sampler == "continuous":
         try:
@@ -558,6 +605,19 @@ def make_sampler(
     kind = f"model.generate in lock-step ({note})" if sampler is None else "continuous batching"
     print0(f"sampler: {kind}, {slots} trials at once")
     return sampler or GenerateSampler(model, chat, slots, config.max_reply)
+
+
+def first_prompt(config: Any, chat: Chat) -> list[int]:
+    """A real prompt: what models are tried on. ValueError if it does not fit into --max_prompt."""
+    env = make_env(config.env, **config.env_options)
+    trial = run_trial(env, EVAL_SEED, 1, chat, style=config.style, max_prompt=10**9)
+    ids = next(trial).ids
+    if len(ids) > config.max_prompt:
+        raise ValueError(
+            f"one turn of {env.name} needs {len(ids)} prompt tokens, "
+            f"--max_prompt is {config.max_prompt}"
+        )
+    return ids
 
 
 def rollout(

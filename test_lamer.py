@@ -362,6 +362,8 @@ def test_an_invalid_reply_pays_its_penalty(estimator):
     def zeros(batch):
         return SimpleNamespace(values=torch.zeros(len(batch)))
 
+    zeros.takes_trees = True
+
     def credit(*invalid):
         """Advantages and value targets, with these turns invalid."""
         turns = turns_of(trials := three_trials())
@@ -1119,6 +1121,50 @@ def test_the_mask_shows_what_stands_before_and_the_token_itself():
     assert held[1, 0, :, 0].tolist() == [2, 3, 0, 0, 0, 0], "row 0 holds 2 and 3 at 0 and 1"
 
 
+def test_prompts_share_what_is_computed_by_hand():
+    def row(cached, pending):
+        return sampler.CacheRow(cached_ids=[*cached], pending_ids=[*pending])
+
+    rules, board, copies = range(100, 120), [1] * 10, []
+    cache = SimpleNamespace(copy=lambda *args: copies.append(args))
+    rows = [
+        row([*rules, *board, 7, 8], []),  # being decoded
+        row([], [*rules, *board, 9, 9]),
+        row([], [*rules, 2, *board]),
+        row([*rules, 2], [*board, 5]),
+        row([], [50, *rules, 6]),
+        row([], [50, *rules, 6]),
+    ]
+    now, later = sampler.share_prefixes(cache, rows, [1, 2, 3, 4, 5])
+    assert sorted(copies) == [(0, [1], 30), (3, [2], 21)], "the longest that any row holds"
+    assert rows[1].cached_ids == [*rules, *board] and rows[1].pending_ids == [9, 9]
+    assert now == [4, 1, 2] and later == [5, 3], "5 copies from 4, 3 from 2"
+    rows[4].cached_ids, rows[2].cached_ids = [50, *rules, 6], [*rules, 2, *board]
+    copies.clear()
+    assert sampler.share_prefixes(cache, rows, later) == ([5, 3], [])
+    assert sorted(copies) == [(2, [3], 31), (4, [5], 21)], "the last token is never copied"
+
+
+def test_the_rules_are_computed_once(tiny, monkeypatch):
+    """Of the prompt tokens of four trials of each task, played at once."""
+    computed, forward = [], sampler.ContinuousSampler.forward
+
+    def counting(self, cache, rows, numbers, new_ids):
+        computed.append(sum(map(len, new_ids)))
+        return forward(self, cache, rows, numbers, new_ids)
+
+    monkeypatch.setattr(sampler.ContinuousSampler, "forward", counting)
+    tokens = {}
+    for least in (sampler.LEAST_SHARED, 10**6):
+        monkeypatch.setattr(sampler, "LEAST_SHARED", least)
+        trials, tokens[least] = play(tiny), computed.copy()
+        computed.clear()
+    firsts = {tuple(trial.turns[0].prompt_ids) for trial in trials}
+    replies = lamer.count_tokens(turns_of(trials))
+    assert sum(tokens[10**6]) > sum(len(trial.turns[0].prompt_ids) for trial in trials) + replies
+    assert sum(tokens[10**6]) - sum(tokens[8]) > 18 * (min(map(len, firsts)) - 1)
+
+
 def test_the_update_finds_the_cache_gone(tiny):
     gc.collect()
     gc.disable()  # on a GPU, too, memory runs out before the collector would free a cycle
@@ -1346,6 +1392,13 @@ def test_models_of_other_kinds_fall_back_or_are_refused(tmp_path, capsys):
     config, model, chat = hub_policy(tmp_path / "sliding", "mistral", sliding_window=8)
     assert type(make_sampler(config, model, chat, 4)) is GenerateSampler
     assert "falling back" in capsys.readouterr().err
+    policy, turns = (
+        Policy(model, chat.vocab_size),
+        turns_of(play((config, model, chat), "generate", num=2)),
+    )
+    policy.check_trees(turns[0].prompt_ids)
+    assert "every turn alone" in capsys.readouterr().err
+    assert [*map(len, lamer.micro_batches(policy, turns, 10**6))] == [1] * len(turns)
     with pytest.raises(ValueError, match="scaled or capped"):
         hub_policy(tmp_path / "scaled", "granite", logits_scaling=8.0)
 
@@ -1494,12 +1547,13 @@ def test_the_memory_plan_counts_what_is_there(dtype):
     assert reference == num * (2 if is_bf16 else 4) / 1e9
 
     logits = 3 * 4 * 2 * 511 * 1000 / 1e9
-    measured = saved_bytes(Policy(model, 1000, bf16=is_bf16), [turn, turn]) / 1e9
+    other = replace(turn, prompt_ids=[0, *turn.prompt_ids[1:]])  # nothing is shared
+    measured = saved_bytes(Policy(model, 1000, bf16=is_bf16), [turn, other]) / 1e9
     assert 0.95 < measured / (plan["activations"] - logits) < 1.05
     config.grad_checkpoint = True  # the inputs of every layer, and one layer in full
     plan = train.memory_plan(config, shape, num, world=2)
-    inputs = 6 * 2 * 511 * 128 * 4 / 1e9
-    assert 0.95 < (inputs + measured / 6) / (plan["activations"] - logits) < 1.05
+    inputs, mask = 6 * 2 * 511 * 128 * 4 / 1e9, (2 * 511) ** 2 * (2 if is_bf16 else 4) / 1e9
+    assert 0.95 < (inputs + mask + (measured - mask) / 6) / (plan["activations"] - logits) < 1.05
 
     cache = RowCache(6, 5, 479 + 32, torch.device("cpu"))
     cache.select([0], np.array([[0]]), 32, getattr(torch, dtype))
@@ -1556,10 +1610,77 @@ def largest_gap(weights, others):
     return max((weights[name] - others[name]).abs().max() for name in weights)
 
 
-def test_update_does_not_depend_on_micro_batches(tiny, batch):
+def test_a_prefix_tree_by_hand():
+    tree = lamer.prefix_tree([[7, 8, 6, 2], [7, 8, 5], [9], [7, 8, 6], [7, 8, 5]])
+    assert tree.ids == [7, 8, 5, 6, 2, 9]
+    assert tree.depths == [0, 1, 2, 2, 3, 0]
+    assert tree.parents == [-1, 0, 1, 1, 3, -1]
+    assert tree.ends == [5, 5, 3, 5, 5, 6], "5 begins another tree"
+    assert tree.paths == [[0, 1, 3, 4], [0, 1, 2], [5], [0, 1, 3], [0, 1, 2]]
+    turns = [lamer.make_turn(row[:1], row[1:]) for row in ([7, 8, 6, 2], [9, 9], [7, 8, 5])]
+    policy = SimpleNamespace(takes_trees=True)
+
+    def rows(most):
+        batches = lamer.micro_batches(policy, turns, most)
+        return [[turn.token_ids() for turn in batch] for batch in batches]
+
+    assert rows(5) == [[[7, 8, 5], [7, 8, 6, 2]], [[9, 9]]], "five nodes, then two"
+    assert rows(4) == [[[7, 8, 5]], [[7, 8, 6, 2]], [[9, 9]]], "shared with none, cut after each"
+    assert rows(6) == rows(5) and rows(7) == [[[7, 8, 5], [7, 8, 6, 2], [9, 9]]]
+    assert len(rows(1)) == 3
+
+
+def test_trees_in_bf16_are_as_exact_as_rows(tiny, batch):
+    """Gradients against those of fp32, one row at a time."""
+
+    def gradient(dtype, tokens):
+        policy, turns = learner(tiny, dtype=dtype)[1], turns_of(batch[:8])
+        for part in lamer.micro_batches(policy, turns, tokens):
+            advantages = lamer.per_token(part, "cpu")[1]
+            (policy(part).logps * advantages).sum().backward()
+        return torch.cat([weight.grad.flatten() for weight in policy.parameters()])
+
+    for turn in turns_of(batch):
+        turn.old_logps = turn.logps
+    exact = gradient("float32", 1)
+    error = {tokens: gradient("bfloat16", tokens) - exact for tokens in (1, 512)}
+    assert error[512].norm() < 0.03 * exact.norm()
+    assert error[512].norm() < 1.2 * error[1].norm()
+
+
+def test_turns_without_advantage_need_no_backward(tiny, batch):
+    """They stay in the statistics, and a step without any gradient still moves by momentum."""
+
+    def updated(flat, **options):
+        config, policy, optimizer = learner(tiny, microbatch_tokens=2000, **options)
+        trials = copy.deepcopy(batch[:8])
+        update(config, policy, optimizer, trials)
+        before = copy.deepcopy(policy.state_dict())
+        for turn in turns_of(trials)[flat:]:
+            turn.advantage = 0.0
+        has_grad, forward = set(), policy.forward
+        policy.forward = lambda *args: has_grad.add(torch.is_grad_enabled()) or forward(*args)
+        stats = update(config, policy, optimizer, trials)
+        assert largest_gap(policy.state_dict(), before) > 1e-5
+        return stats, policy.state_dict(), has_grad
+
+    stats, weights, has_grad = updated(flat=8)
+    assert has_grad == {True, False}
+    with_all, same_weights, has_grad = updated(flat=8, entropy_coef=1e-12)
+    assert has_grad == {True}, "entropy has a gradient everywhere"
+    assert stats == pytest.approx(with_all, rel=1e-3, abs=1e-6)
+    assert largest_gap(weights, same_weights) < 1e-5
+    stats, _, has_grad = updated(flat=0)
+    assert has_grad == {False} and stats["grad_norm"] == 0 and stats["updates"] == 1
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_update_does_not_depend_on_micro_batches(tiny, batch, checkpoint):
     def updated(tokens):
         options = dict(minibatch=100, microbatch_tokens=tokens, grad_clip=1e9)
         config, policy, _ = learner(tiny, **options)
+        if checkpoint:
+            policy.model.activation_checkpointing_enable({"use_reentrant": False})
         # AdamW would blow up rounding where a gradient is nearly 0, and hide a wrong scale.
         optimizer = torch.optim.SGD(policy.parameters(), lr=0.01)
         return update(config, policy, optimizer, batch[:12]), policy.state_dict()
@@ -1567,7 +1688,7 @@ def test_update_does_not_depend_on_micro_batches(tiny, batch):
     stats, weights = updated(8192)
     assert stats["updates"] > 1 and stats["grad_norm"] > 0
     assert largest_gap(weights, learner(tiny)[1].state_dict()) > 1e-3
-    for tokens in (1, 300, 2000):
+    for tokens in (1, 300, 2000)[checkpoint:]:
         again, others = updated(tokens)
         assert largest_gap(weights, others) < 1e-5
         assert again["entropy"] == pytest.approx(stats["entropy"], abs=1e-5)
@@ -1720,7 +1841,7 @@ def test_the_value_head_learns_and_leaves_the_policy_alone(tiny, batch):
     options = dict(estimator="ppo", lr=0.0, value_lr=3e-2, minibatch=40)
     config, policy, optimizer = learner(tiny, value_head, **options)
     losses = []
-    for step in range(12):
+    for step in range(20):
         lamer.compute_values(policy, batch, 2000)
         lamer.ppo_advantages(batch, 0.95, 0.6)
         losses.append(update(config, policy, optimizer, batch, step=step)["value_loss"])
@@ -2059,6 +2180,8 @@ def test_credit_is_assigned_as_the_options_say(tmp_path):
     def value(batch):
         return SimpleNamespace(values=torch.tensor([len(turn.prompt_ids) for turn in batch]))
 
+    value.takes_trees = True
+
     def credit(flags=None):
         """Two groups of trials, and with flags their advantages."""
         trials = three_trials() + three_trials()[::-1]
@@ -2289,7 +2412,8 @@ def test_a_run_does_what_its_options_say(tiny, tmp_path, monkeypatch):
         minibatches = train.deal_minibatches(dealing, trials, range(9), step)
         stats = lamer.update(policy, optimizer, minibatches, learning, reference)
         assert {name: log[step][name] for name in stats} == stats
-        assert log[step]["return"] == np.mean([trial.turns[0].ret for trial in trials])
+        returns = [trial.turns[0].ret for trial in trials]
+        assert log[step]["return"] == pytest.approx(np.mean(returns))
         assert log[step]["success"][1] == sum(trial.success_after(2) for trial in trials) / 9
     assert largest_gap(weights_of(out / "step_000002"), model.state_dict()) == 0
     assert len(log) == 2 and [*checkpoints(out)] == [2], "one is kept"
@@ -2469,15 +2593,15 @@ def test_eval_does_what_its_options_say(memory, tiny, tmp_path, monkeypatch, cap
     start, file = warm_policy(tiny[0]), tmp_path / "result.json"
     flags = f"--model {start} --device cpu --dtype bfloat16 --mines 3 --turns 3 --memory {memory}"
     flags += " --episodes 2 --num_tasks 6 --temperature 0.8 --top_p 0.9 --top_k 9 --seed 4"
-    flags += f" --sampler generate --slots 4 --max_prompt 60 --max_reply 30 --json {file} --show 5"
+    flags += f" --sampler generate --slots 4 --max_prompt 72 --max_reply 40 --json {file} --show 5"
     evaluation.main(flags.split())
     printed = capsys.readouterr()
 
     model, chat = load_policy(str(start), torch.bfloat16, "cpu")
-    player = GenerateSampler(model, chat, slots=4, max_reply=30)
+    player = GenerateSampler(model, chat, slots=4, max_reply=40)
     config = SimpleNamespace(env="minesweeper", env_options=dict(size=4, mines=3, turns=3))
     config.memory = "reflection" if memory == "swapped" else memory
-    vars(config).update(episodes=2, style="compact", max_prompt=60)
+    vars(config).update(episodes=2, style="compact", max_prompt=72)
     seeds, step = [EVAL_SEED + 2**30 + i for i in range(6)], evaluation.EVAL_PY_DRAWS
     sampling = Sampling(seed=4, step=step, temperature=0.8, top_p=0.9, top_k=9)
     play = partial(sampler.rollout, config, player, seeds, range(6), sampling)
@@ -2485,7 +2609,8 @@ def test_eval_does_what_its_options_say(memory, tiny, tmp_path, monkeypatch, cap
     if memory == "swapped":
         lenders = evaluation.donors(trials, 2, seed=4)
         own, trials = trials, play([lender.past for lender in lenders])
-        assert replies_of(trials) != replies_of(own), "another memory, other replies"
+        prompts, others = ([t.prompt_ids for t in turns_of(each)] for each in (own, trials))
+        assert prompts != others, "another memory"
         assert result["num_donors"] == len({lender.seed for lender in lenders}) > 1
     assert printed.out.endswith("".join(f"\n{trial}\n" for trial in trials[:5]))
     assert str(trials[5]) not in printed.out

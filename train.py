@@ -71,6 +71,7 @@ from sampler import (
     ContinuousSampler,
     GenerateSampler,
     Sampling,
+    first_prompt,
     make_sampler,
     rollout,
     summarize,
@@ -143,7 +144,7 @@ class Config:
     weight_decay: float = option(0.0, "AdamW's", least=0)
     beta2: float = option(0.999, "AdamW's", least=0, most=0.99999)
     minibatch: int = option(64, "turns per optimizer step, over all processes", least=1)
-    microbatch_tokens: int = option(8192, "per pass; lower it when memory runs out", least=1)
+    microbatch_tokens: int = option(4096, "per pass; lower it when memory runs out", least=1)
     grad_checkpoint: bool = option(True, "recompute activations in backward: memory for time")
     # sampling
     sampler: str = option("continuous", "or plain model.generate", choices=SAMPLERS)
@@ -182,6 +183,7 @@ TINY_RECIPE = dict(  # found by trying (README)
     style="compact",
     lr=3e-4,
     minibatch=256,
+    microbatch_tokens=512,
     grad_checkpoint=False,
     max_prompt=192,
     max_reply=64,
@@ -487,6 +489,7 @@ def start_run(config: Config) -> Run:
         model.activation_checkpointing_enable({"use_reentrant": False})
     value_head = make_value_head(model, config, source) if config.estimator == "ppo" else None
     policy = Policy(model, chat.vocab_size, config.temperature, is_bf16, value_head).eval()
+    policy.check_trees(first_prompt(config, chat))
     optimizer = make_optimizer(policy, config)
     if config.resume:
         load_moments(policy, optimizer, Path(source))
@@ -579,8 +582,8 @@ def memory_plan(config: Config, shape: Any, num_weights: int, world: int) -> dic
     """Gigabytes that training needs on each GPU, by what for; "slot": of one row of the cache.
 
     Activations are what the backward pass keeps of the longest micro-batch, in bytes a token and
-    layer as measured on Qwen3's layers; with --grad_checkpoint the input of every layer, and one
-    layer in full.
+    layer as measured on Qwen3's layers, and the mask of the tree; with --grad_checkpoint the input
+    of every layer, and one layer in full.
     """
     width, layers, heads = shape.hidden_size, shape.num_hidden_layers, shape.num_attention_heads
     head = getattr(shape, "head_dim", None) or width // heads
@@ -590,6 +593,7 @@ def memory_plan(config: Config, shape: Any, num_weights: int, world: int) -> dic
     longest = config.max_prompt + config.max_reply
     tokens = max(config.microbatch_tokens, longest)
     a_token = 25 * width + 4 * size * mlp + (4 + 3 * size) * head * (heads + kv_heads)
+    a_token += 2 * size * head * (heads - kv_heads)  # beside a mask keys and values are repeated
     layer = tokens * a_token + half / layers  # autocast keeps the bf16 weights it made
     kept = layers * tokens * 4 * width + layer if config.grad_checkpoint else layers * layer
     plan = {
@@ -597,7 +601,7 @@ def memory_plan(config: Config, shape: Any, num_weights: int, world: int) -> dic
         "moments": 8 * num_weights / world,
         "reference": size * num_weights if config.kl_coef else 0,
         "gradients": 4 * num_weights,
-        "activations": kept + 3 * 4 * min(2**26, tokens * shape.vocab_size),
+        "activations": kept + size * tokens**2 + 3 * 4 * min(2**26, tokens * shape.vocab_size),
         "slot": layers * 2 * kv_heads * head * size * (longest + 1),
     }
     return {name: need / 1e9 for name, need in plan.items()}
@@ -787,7 +791,7 @@ def zero_shares(config: Config, trials: Sequence[Trial]) -> dict[str, float]:
     return {name: zeros / num_turns for name, zeros, num_turns in pairs if num_turns}
 
 
-MINIBATCH_DRAW = 1 << 40  # in the place of a token's number: the draw of a turn's mini-batch
+MINIBATCH_DRAW = 1 << 40  # in the place of a turn's number: the draw of a trial's mini-batch
 
 
 def deal_minibatches(
@@ -795,19 +799,14 @@ def deal_minibatches(
 ) -> list[list[Turn]]:
     """This process' turns, in mini-batches of about `minibatch` turns over all processes.
 
-    Which one a turn falls into depends only on (seed, step, trial, turn).
+    A trial stays together, since its turns have much in common, which is computed once. Which
+    mini-batch it falls into depends only on (seed, step, trial).
     """
-    turns = [turn for trial in trials for turn in trial.turns]
-    [num_turns] = all_reduce_sum([len(turns)], config.device)
+    [num_turns] = all_reduce_sum([sum(len(trial.turns) for trial in trials)], config.device)
     minibatches = [[] for _ in range(max(1, round(num_turns / config.minibatch)))]
-    numbers = [
-        (trial_id, number)
-        for trial, trial_id in zip(trials, trial_ids, strict=True)
-        for number in range(len(trial.turns))
-    ]
-    draws = uniforms(config.seed, step, *np.array(numbers).T, MINIBATCH_DRAW)
-    for turn, draw in zip(turns, draws, strict=True):
-        minibatches[int(draw * len(minibatches))].append(turn)
+    draws = uniforms(config.seed, step, np.array(trial_ids), MINIBATCH_DRAW)
+    for trial, draw in zip(trials, draws, strict=True):
+        minibatches[int(draw * len(minibatches))] += trial.turns
     return minibatches
 
 
