@@ -671,8 +671,11 @@ def save_checkpoint(config: Config, run: Run, step: int) -> None:
     [num_failed] = all_reduce_sum([1.0 if problem else 0.0], config.device)
     if run.rank == 0 and not num_failed:
         draft.rename(folder)
-        for old in sorted(checkpoints(config.out))[: -config.keep]:
-            shutil.rmtree(checkpoints(config.out)[old], ignore_errors=True)
+        saved = checkpoints(config.out)
+        for old in sorted(saved)[: -config.keep]:
+            # Under its own name a half-deleted one would count as complete.
+            half_deleted = saved[old].rename(f"{saved[old]}.unfinished")
+            shutil.rmtree(half_deleted, ignore_errors=True)
     if num_failed:
         shutil.rmtree(draft, ignore_errors=True)
         raise OSError(f"cannot save {folder}: {problem or 'another process failed'}")
