@@ -119,9 +119,8 @@ def saved_config(folder: str | None) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text())["config"])
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path} cannot be read ({reason(error)}); take another checkpoint"
-        ) from error
+        older = older_checkpoint(folder) or "another checkpoint"
+        raise ValueError(f"{path} cannot be read ({reason(error)}); take {older}") from error
 
 
 def checkpoints(run: str | Path) -> dict[int, Path]:
@@ -133,6 +132,13 @@ def newest_checkpoint(model: str) -> str:
     """The newest checkpoint of a run folder; any other model's name as it is."""
     found = checkpoints(model)
     return str(found[max(found)]) if found else model
+
+
+def older_checkpoint(newest: str | Path) -> Path | None:
+    """The last checkpoint of the same run before this one, which may be broken; None if none is."""
+    newest = Path(newest)
+    older = [path for path in checkpoints(newest.parent).values() if path.name < newest.name]
+    return max(older, default=None)
 
 
 # ----------------------------------------------------------------------- the tiny policy

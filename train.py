@@ -62,6 +62,7 @@ from policy import (
     checkpoints,
     load_policy,
     newest_checkpoint,
+    older_checkpoint,
     reason,
     save_policy,
     saved_config,
@@ -428,6 +429,9 @@ def prepare(argv: Sequence[str]) -> tuple[Config, dict[str, Any], int]:
         raise ValueError(f"--out {given['out']} holds a run already; choose another folder")
     step = max(done)
     saved = saved_config(str(done[step]))
+    if not saved:
+        older = older_checkpoint(done[step])
+        raise ValueError(f"{done[step]} has no lamer.json; take {older or 'another checkpoint'}")
     out = given.get("out", str(run))
     options = {k: v for k, v in given.items() if k not in ("resume", "out", "env_options")}
     defaults = {name: flag.default for name, flag in env_flags(saved["env"]).items()}
@@ -556,8 +560,11 @@ def make_value_head(model: Any, config: Config, source: str) -> torch.nn.Linear:
     for weight in head.parameters():
         torch.nn.init.zeros_(weight)
     if config.resume:
-        saved = torch.load(Path(source, "value_head.pt"), weights_only=True)
-        head.load_state_dict(saved)
+        path = Path(source, "value_head.pt")
+        try:
+            head.load_state_dict(torch.load(path, weights_only=True))
+        except Exception as error:
+            raise ValueError(f"{path} cannot be read: {reason(error)}") from error
     return head
 
 
@@ -848,7 +855,8 @@ def main(argv: Sequence[str]) -> None:
     try:
         run = start_run(config)
     except ValueError as error:
-        sys.exit(f"train.py: {error}{older_checkpoint(config)}")
+        older = older_checkpoint(config.resume)
+        sys.exit(f"train.py: {error}" + (f"; older: --resume {older} --out NEW" if older else ""))
     out, is_first = Path(config.out), run.rank == 0
     if is_first:
         (out / "config.json").write_text(json.dumps(asdict(config), indent=1))
@@ -912,15 +920,6 @@ def main(argv: Sequence[str]) -> None:
     if run.world > 1:
         dist.barrier()  # else one may tear down what another still needs
         dist.destroy_process_group()
-
-
-def older_checkpoint(config: Config) -> str:
-    """Where a run that cannot go on from its checkpoint may do so instead."""
-    newest = Path(config.resume)
-    older = [path for path in checkpoints(newest.parent).values() if path.name < newest.name]
-    if not config.resume or not older:
-        return ""
-    return f"; older: --resume {max(older)} --out NEW"
 
 
 def evaluate_and_log(config: Config, run: Run, step: int) -> None:
