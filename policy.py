@@ -59,6 +59,11 @@ def load_policy(name: str, dtype: torch.dtype, device: str) -> tuple[Any, Chat]:
             "hub name"
         )
     try:
+        ours = Path(name, "lamer.json")
+        saved = json.loads(ours.read_text()) if ours.is_file() else {}
+        for file in saved.get("files", []):
+            if not Path(name, file).is_file():
+                raise ValueError(f"{file} is missing")
         shape = AutoConfig.from_pretrained(name)
         # Dropout would make the policy that is trained another than the one that is sampled.
         for key, value in vars(shape).items():
@@ -76,10 +81,10 @@ def load_policy(name: str, dtype: torch.dtype, device: str) -> tuple[Any, Chat]:
         if not tokenizer.encode("a", add_special_tokens=False):  # transformers makes an empty one
             raise ValueError("there is no tokenizer")
         check_logits(model)
+        stop_ids = model.generation_config.eos_token_id
+        return model, Chat(tokenizer, stop_ids if isinstance(stop_ids, list) else [stop_ids])
     except Exception as error:  # transformers, safetensors and the hub have exceptions of their own
         raise ValueError(f"--model {name} cannot be loaded: {reason(error)}") from error
-    stop_ids = model.generation_config.eos_token_id
-    return model, Chat(tokenizer, stop_ids if isinstance(stop_ids, list) else [stop_ids])
 
 
 def reason(error: Exception) -> str:
@@ -104,10 +109,12 @@ def check_logits(model: Any) -> None:
 
 
 def save_policy(folder: Path, model: Any, tokenizer: Any, config: Any, step: int) -> None:
-    """An ordinary from_pretrained folder, and lamer.json: the options and the steps done."""
+    """An ordinary from_pretrained folder, and lamer.json: steps done, options, names of files."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    saved = {"step": step, "config": asdict(config)}
+    # A model without its chat template would load all the same, and read prompts of another form.
+    files = sorted(path.name for path in folder.iterdir() if path.suffix != ".pt")
+    saved = {"step": step, "config": asdict(config), "files": files}
     (folder / "lamer.json").write_text(json.dumps(saved, indent=1))
 
 
