@@ -475,6 +475,8 @@ def start_run(config: Config) -> Run:
             Path(config.out).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"--out {config.out} cannot be made: {error.strerror}") from error
+        if not os.access(config.out, os.W_OK):
+            raise ValueError(f"--out {config.out} cannot be written to")
         for stale in Path(config.out).glob("*.unfinished"):  # of a killed run
             shutil.rmtree(stale, ignore_errors=True)
     start = config.model
