@@ -22,12 +22,14 @@ Simplifications against the paper and the official code:
 
 import argparse
 import copy
+import ctypes
 import inspect
 import json
 import math
 import os
 import re
 import shutil
+import signal
 import sys
 import time
 import typing
@@ -517,6 +519,9 @@ def start_run(config: Config) -> Run:
     return Run(policy, optimizer, sampler, reference, rank, world)
 
 
+PR_SET_PDEATHSIG = 1  # in Linux' prctl: the signal to get when the parent process dies
+
+
 def start_processes(config: Config) -> tuple[int, int]:
     """Join the other processes of torchrun, if there are any; returns rank and world size."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -531,6 +536,9 @@ def start_processes(config: Config) -> tuple[int, int]:
         if idle > 0:
             print0(f"{idle} GPUs stay idle; torchrun --nproc-per-node=gpu train.py ... uses all")
     if world > 1:
+        if sys.platform == "linux":
+            # A killed torchrun would leave us writing to a folder that another run goes on in.
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         # They wait for each other through whole rollouts and saves: ten minutes are too short.
         dist.init_process_group("nccl" if is_gpu else "gloo", timeout=timedelta(hours=2))
         shared = [config.out]  # each may have found another free number
