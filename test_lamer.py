@@ -2430,9 +2430,12 @@ def test_resume_equals_no_interruption(finished_run, tmp_path):
     shutil.copytree(finished_run, cut, ignore=shutil.ignore_patterns("step_000004"))
     lines = (cut / "metrics.jsonl").read_text().splitlines(keepends=True)
     (cut / "metrics.jsonl").write_text("".join(lines[:3]) + '{"step": 4, "succ')
+    draft = shutil.copytree(cut / "step_000002", cut / "step_000004.unfinished")
+    (draft / "optimizer_0.pt").rename(draft / "optimizer_1.pt")
     run("train.py", "--resume", cut)
-    whole, resumed = weights_of(finished_run / "step_000004"), weights_of(cut / "step_000004")
-    assert largest_gap(whole, resumed) == 0
+    whole, resumed = contents_of(finished_run / "step_000004"), contents_of(cut / "step_000004")
+    assert whole.keys() == resumed.keys(), "nothing of the killed process' draft"
+    assert [name for name in whole if whole[name] != resumed[name]] == ["lamer.json"]
     for name in ("metrics.jsonl", "evals.jsonl"):
         assert rows(cut / name, *CLOCKS) == rows(finished_run / name, *CLOCKS)
 
@@ -2869,6 +2872,133 @@ def test_an_interrupted_run_says_so_and_can_go_on(finished_run, tmp_path):
     train.main(["--resume", str(tmp_path), "--steps", str(last + 1)])
     steps = [row["step"] for row in rows(tmp_path / "metrics.jsonl")]
     assert steps == list(range(1, last + 2))
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_two_processes_and_they_can_go_on(tmp_path):
+    flags = ["train.py", *MORTAL, "--steps", 1000, "--out", tmp_path]
+    process = start(*TWO, *flags, start_new_session=True)
+    while len(checkpoints(tmp_path)) < 1 and process.poll() is None:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    text = process.communicate(timeout=60)[0]  # to the end of the last process that could write
+    assert text.count("train.py: stopped; --resume goes on") == 2
+    assert all("optimizer_1.pt" in contents_of(folder) for folder in checkpoints(tmp_path).values())
+    steps = max(checkpoints(tmp_path)) + 1
+    run(*TWO, "train.py", "--resume", tmp_path, "--steps", steps)
+    assert [row["step"] for row in rows(tmp_path / "metrics.jsonl")] == [*range(1, steps + 1)]
+    assert not [*tmp_path.glob("*.unfinished")]
+
+
+MORTAL = "--env lockbox --model tiny --device cpu --tiny_hidden 32 --tiny_layers 2 --warm_steps 50"
+MORTAL = f"{MORTAL} --num_tasks 4 --group_size 8 --estimator ppo --eval_tasks 8 --eval_every 2"
+MORTAL = f"{MORTAL} --steps 4 --save_every 1 --keep 1".split()
+TWO = ["torchrun", "--nproc-per-node", 2]
+
+# train.py, killed at the n-th time that it opens, renames or deletes something in its folder.
+KILLED_AT = """
+import os, runpy, signal, sys
+nth, done, out = int(sys.argv.pop(1)), 0, sys.argv[-1]
+
+def count(event, args):
+    global done
+    if event in ("os.remove", "os.rmdir") or (event in ("open", "os.rename") and out in str(args)):
+        done += 1
+        if done == nth:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(count)
+runpy.run_path("train.py", run_name="__main__")
+print(f"files: {done}")
+"""
+
+
+def what_a_run_is(out):
+    """What must be the same however often it was killed."""
+    last = contents_of(out / "step_000004")
+    del last["lamer.json"]  # has the name of the folder
+    texts = {path.name: path.read_text() for path in out.glob("trials_*.txt")}
+    return last, texts, rows(out / "evals.jsonl"), rows(out / "metrics.jsonl", *CLOCKS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("num_processes", "num_times", "num_files"), [(1, 12, 8), (2, 3, 1)])
+def test_a_killed_run_goes_on_as_if_never_killed(num_processes, num_times, num_files, tmp_path):
+    """`kill -9` at moments spread over a run, and between the files of a checkpoint."""
+    launch = ["-c"]
+    if num_processes == 2:
+        launch = [*TWO, "--no-python", sys.executable, "-c"]
+
+    def begin(out, nth=0):
+        process = start(*launch, KILLED_AT, nth, *MORTAL, "--out", out, start_new_session=True)
+        assert any("sampler:" in line for line in process.stdout), "it has begun"
+        return process
+
+    whole = tmp_path / "whole"
+    process, begun = begin(whole), time.time()
+    text = process.stdout.read()
+    duration, files = time.time() - begun, max(map(int, re.findall(r"files: (\d+)", text)))
+    complete = contents_of(whole / "step_000004").keys()
+
+    rng = random.Random(num_processes)
+    moments = [("second", (i + rng.random()) / num_times * duration) for i in range(num_times)]
+    moments += [("file", nth) for nth in rng.sample(range(1, files + 1), num_files)]
+    for number, (kind, moment) in enumerate(moments):
+        out = tmp_path / f"killed_{number}"
+        process = begin(out, moment if kind == "file" else 0)
+        if kind == "second":
+            time.sleep(moment)
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate(timeout=60)  # to the end of the last process that could write
+        for folder in checkpoints(out).values():
+            assert contents_of(folder).keys() == complete, f"half of one after {kind} {moment}"
+
+        flags = ["--resume", out] if checkpoints(out) else [*MORTAL, "--out", out]
+        if num_processes == 2:
+            run(*TWO, "train.py", *flags)
+        else:
+            train.main([*map(str, flags)])
+        assert what_a_run_is(out) == what_a_run_is(whole), f"another one after {kind} {moment}"
+        assert not [*out.glob("*.unfinished")]
+
+
+@pytest.mark.slow
+def test_a_killed_torchrun_takes_its_processes_along(tmp_path):
+    process = start(*TWO, "train.py", *MORTAL, "--steps", 500, "--out", tmp_path)
+    while not checkpoints(tmp_path) and process.poll() is None:
+        time.sleep(0.1)
+    process.kill()
+    process.communicate(timeout=20)  # would wait for the end of the last that could write
+
+
+# train.py, where the second process fails in one phase.
+FAILING_IN = """
+import os, runpy, sys
+import lamer, sampler
+phase, update, rollout = sys.argv.pop(1), lamer.update, sampler.rollout
+
+def failing(*args):
+    raise RuntimeError(f"{phase} has failed here")
+
+def failing_rollout(config, player, seeds, *args):
+    is_phase = phase == ("evaluation" if min(seeds) >= sampler.EVAL_SEED else "rollout")
+    return (failing if is_phase else rollout)(config, player, seeds, *args)
+
+if os.environ["RANK"] == "1":
+    sampler.rollout = failing_rollout
+    lamer.update = failing if phase == "update" else update
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["rollout", "update", "evaluation"])
+def test_a_process_that_fails_ends_all_with_its_error(phase, tmp_path):
+    launch = [*TWO, "--no-python", sys.executable, "-c", FAILING_IN, phase]
+    begun = time.time()
+    text = run(*launch, *MORTAL, "--out", tmp_path, expect=1)
+    assert f"RuntimeError: {phase} has failed here" in text
+    assert time.time() - begun < 60
 
 
 def test_an_environment_of_ones_own(tiny, tmp_path):
