@@ -8,6 +8,7 @@ of another folder.
 """
 
 import copy
+import ctypes
 import functools
 import gc
 import json
@@ -2790,6 +2791,7 @@ MISTAKES = [
     ("eval.py --model {checkpoint} --prompting react", "understand instructions"),
     ("train.py --env lockbox --seed -1", "--seed"),
     ("train.py --env lockbox --out {file}", "cannot be made"),
+    ("train.py --env lockbox --out {file}/run", "cannot be made"),
     ("train.py --env {game}:Coin --model tiny", "no scripted player"),
     ("train.py --env {game}:Dice", "no class Dice"),
 ]
@@ -2838,6 +2840,38 @@ def test_mistakes_end_in_one_clear_line(finished_run, tmp_path, monkeypatch):
     assert sorted(checkpoints(finished_run)) == [2, 4]
 
 
+FILES = ["model.safetensors", "tokenizer.json", "chat_template.jinja", "config.json"]
+FILES += ["optimizer_1.pt", "value_head.pt", "lamer.json"]
+
+
+@pytest.mark.parametrize("is_cut", [False, True])
+def test_a_broken_checkpoint_is_named_with_the_one_before(pair, is_cut, tmp_path):
+    folder = pair[3] / "step_000001"
+    good = shutil.copytree(folder, tmp_path / "step_000001")
+    for name in FILES:
+        broken = shutil.copytree(folder, tmp_path / "step_000002")
+        file = broken / name
+        if is_cut:
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+        else:
+            file.unlink()
+        with pytest.raises(SystemExit) as stop:
+            train.main(["--resume", str(tmp_path)])
+        line = str(stop.value)
+        assert str(broken) in line and str(good) in line and "\n" not in line, (name, line)
+        train.main(["--resume", str(good), "--out", str(tmp_path / name), "--steps", "1"])
+        shutil.rmtree(broken)
+
+
+def test_a_lost_or_cut_log_keeps_the_rows_that_can_be_read(tmp_path):
+    old, new = tmp_path / "old.jsonl", tmp_path / "metrics.jsonl"
+    train.trim_log(old, new, 3)
+    assert rows(new) == []
+    old.write_text('{"step": 1}\n{"ste\n{"step": 3}\n{"step": 4}\n{"st')
+    train.trim_log(old, new, 3)
+    assert rows(new) == [{"step": 1}, {"step": 3}]
+
+
 def test_a_mistake_on_the_real_command_line():
     text = run("train.py", "--env", "chess", expect=1)
     assert text.strip().splitlines()[-1].startswith("train.py: ") and "Traceback" not in text
@@ -2856,6 +2890,21 @@ def test_a_full_disk_while_saving_loses_nothing(finished_run, tmp_path):
     assert contents_of(tmp_path / "step_000004") == before
     assert sorted(checkpoints(tmp_path)) == [2, 4]
     assert not list(tmp_path.glob("*.unfinished"))
+
+
+def as_a_user():
+    """Root may write everywhere; without this right permissions mean for it what they say."""
+    drop_from_all, may_write_everywhere = 24, 1  # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE
+    ctypes.CDLL(None).prctl(drop_from_all, may_write_everywhere)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="as_a_user is for Linux")
+def test_a_folder_that_cannot_be_written_to_is_said_before_the_warm_start(tmp_path):
+    tmp_path.chmod(0o500)
+    flags = [*MORTAL, "--seed", 1, "--out", tmp_path]
+    text = run("train.py", *flags, expect=1, preexec_fn=as_a_user)
+    assert text == f"train.py: --out {tmp_path} cannot be written to\n"
 
 
 def test_an_interrupted_run_says_so_and_can_go_on(finished_run, tmp_path):
