@@ -2944,21 +2944,29 @@ MORTAL = f"{MORTAL} --num_tasks 4 --group_size 8 --estimator ppo --eval_tasks 8 
 MORTAL = f"{MORTAL} --steps 4 --save_every 1 --keep 1".split()
 TWO = ["torchrun", "--nproc-per-node", 2]
 
-# train.py, killed at the n-th time that it opens, renames or deletes something in its folder.
+# train.py, killed at its n-th pass of the model, or n-th opening, renaming or deleting of a file.
 KILLED_AT = """
-import os, runpy, signal, sys
-nth, done, out = int(sys.argv.pop(1)), 0, sys.argv[-1]
+import json, os, runpy, signal, sys, torch
+kind, nth, out = sys.argv.pop(1), int(sys.argv.pop(1)), sys.argv[-1]
+counts, forward = {"pass": 0, "file": 0}, torch.nn.Embedding.forward
 
-def count(event, args):
-    global done
-    if event in ("os.remove", "os.rmdir") or (event in ("open", "os.rename") and out in str(args)):
-        done += 1
-        if done == nth:
-            os.kill(os.getpid(), signal.SIGKILL)
+def count(what):
+    counts[what] += 1
+    if what == kind and counts[what] == nth:
+        os.kill(os.getpid(), signal.SIGKILL)
 
-sys.addaudithook(count)
+def on_event(name, args):
+    if name in ("os.remove", "os.rmdir") or (name in ("open", "os.rename") and out in str(args)):
+        count("file")
+
+def counting_forward(*args):
+    count("pass")
+    return forward(*args)
+
+torch.nn.Embedding.forward = counting_forward
+sys.addaudithook(on_event)
 runpy.run_path("train.py", run_name="__main__")
-print(f"files: {done}")
+print(json.dumps(counts))
 """
 
 
@@ -2971,43 +2979,49 @@ def what_a_run_is(out):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("num_processes", "num_times", "num_files"), [(1, 12, 8), (2, 3, 1)])
-def test_a_killed_run_goes_on_as_if_never_killed(num_processes, num_times, num_files, tmp_path):
+@pytest.mark.parametrize(
+    ("num_processes", "kills"),
+    [(1, {"second": 8, "pass": 6, "file": 6}), (2, {"second": 2, "pass": 1, "file": 1})],
+)
+def test_a_killed_run_goes_on_as_if_never_killed(num_processes, kills, tmp_path):
     """`kill -9` at moments spread over a run, and between the files of a checkpoint."""
     launch = ["-c"]
     if num_processes == 2:
         launch = [*TWO, "--no-python", sys.executable, "-c"]
 
-    def begin(out, nth=0):
-        process = start(*launch, KILLED_AT, nth, *MORTAL, "--out", out, start_new_session=True)
+    def begin(out, kind, nth):
+        flags = [KILLED_AT, kind, nth, *MORTAL, "--out", out]
+        process = start(*launch, *flags, start_new_session=True)
         assert any("sampler:" in line for line in process.stdout), "it has begun"
         return process
 
     whole = tmp_path / "whole"
-    process, begun = begin(whole), time.time()
-    text = process.stdout.read()
-    duration, files = time.time() - begun, max(map(int, re.findall(r"files: (\d+)", text)))
+    process, begun = begin(whole, "second", 0), time.time()
+    assert any("done:" in line for line in process.stdout)
+    ends = {"second": time.time() - begun}
+    ends |= json.loads(next(line for line in process.stdout if line.startswith("{")))
+    process.communicate()
     complete = contents_of(whole / "step_000004").keys()
 
     rng = random.Random(num_processes)
-    moments = [("second", (i + rng.random()) / num_times * duration) for i in range(num_times)]
-    moments += [("file", nth) for nth in rng.sample(range(1, files + 1), num_files)]
-    for number, (kind, moment) in enumerate(moments):
-        out = tmp_path / f"killed_{number}"
-        process = begin(out, moment if kind == "file" else 0)
+    for kind, i in [(kind, i) for kind, num in kills.items() for i in range(num)]:
+        moment = (i + rng.random()) / kills[kind] * ends[kind]
+        out = tmp_path / f"killed_{kind}_{i}"
+        process = begin(out, kind, 1 + int(moment))
         if kind == "second":
             time.sleep(moment)
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate(timeout=60)  # to the end of the last process that could write
+        assert kind == "second" or process.returncode != 0, "it was killed"
         for folder in checkpoints(out).values():
-            assert contents_of(folder).keys() == complete, f"half of one after {kind} {moment}"
+            assert contents_of(folder).keys() == complete, f"half a one at {kind} {moment}"
 
         flags = ["--resume", out] if checkpoints(out) else [*MORTAL, "--out", out]
         if num_processes == 2:
             run(*TWO, "train.py", *flags)
         else:
             train.main([*map(str, flags)])
-        assert what_a_run_is(out) == what_a_run_is(whole), f"another one after {kind} {moment}"
+        assert what_a_run_is(out) == what_a_run_is(whole), f"another one at {kind} {moment}"
         assert not [*out.glob("*.unfinished")]
 
 
