@@ -2304,6 +2304,11 @@ SMALL = f"{SMALL} --eval_tasks 8 --minibatch 40 --eval_every 0".split()
 
 LOCKBOX = ["--env", "lockbox", "--model", "tiny", "--device", "cpu", "--eval_every", "0"]
 
+MORTAL = "--env lockbox --model tiny --device cpu --tiny_hidden 32 --tiny_layers 2 --warm_steps 50"
+MORTAL = f"{MORTAL} --num_tasks 4 --group_size 8 --estimator ppo --eval_tasks 8 --eval_every 2"
+MORTAL = f"{MORTAL} --steps 4 --save_every 1 --keep 1".split()
+TWO = ["torchrun", "--nproc-per-node", 2]
+
 
 def start(*command, **options):
     """Start a command of the project in a process of its own, on one thread."""
@@ -2927,7 +2932,7 @@ def test_an_interrupted_run_says_so_and_can_go_on(finished_run, tmp_path):
 def test_ctrl_c_ends_two_processes_and_they_can_go_on(tmp_path):
     flags = ["train.py", *MORTAL, "--steps", 1000, "--out", tmp_path]
     process = start(*TWO, *flags, start_new_session=True)
-    while len(checkpoints(tmp_path)) < 1 and process.poll() is None:
+    while not checkpoints(tmp_path) and process.poll() is None:
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     text = process.communicate(timeout=60)[0]  # to the end of the last process that could write
@@ -2938,11 +2943,6 @@ def test_ctrl_c_ends_two_processes_and_they_can_go_on(tmp_path):
     assert [row["step"] for row in rows(tmp_path / "metrics.jsonl")] == [*range(1, steps + 1)]
     assert not [*tmp_path.glob("*.unfinished")]
 
-
-MORTAL = "--env lockbox --model tiny --device cpu --tiny_hidden 32 --tiny_layers 2 --warm_steps 50"
-MORTAL = f"{MORTAL} --num_tasks 4 --group_size 8 --estimator ppo --eval_tasks 8 --eval_every 2"
-MORTAL = f"{MORTAL} --steps 4 --save_every 1 --keep 1".split()
-TWO = ["torchrun", "--nproc-per-node", 2]
 
 # train.py, killed at its n-th pass of the model, or n-th opening, renaming or deleting of a file.
 KILLED_AT = """
@@ -3014,14 +3014,14 @@ def test_a_killed_run_goes_on_as_if_never_killed(num_processes, kills, tmp_path)
         process.communicate(timeout=60)  # to the end of the last process that could write
         assert kind == "second" or process.returncode != 0, "it was killed"
         for folder in checkpoints(out).values():
-            assert contents_of(folder).keys() == complete, f"half a one at {kind} {moment}"
+            assert contents_of(folder).keys() == complete, f"half a checkpoint at {kind} {moment}"
 
         flags = ["--resume", out] if checkpoints(out) else [*MORTAL, "--out", out]
         if num_processes == 2:
             run(*TWO, "train.py", *flags)
         else:
             train.main([*map(str, flags)])
-        assert what_a_run_is(out) == what_a_run_is(whole), f"another one at {kind} {moment}"
+        assert what_a_run_is(out) == what_a_run_is(whole), f"another run at {kind} {moment}"
         assert not [*out.glob("*.unfinished")]
 
 
