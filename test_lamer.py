@@ -2861,7 +2861,7 @@ def test_a_broken_checkpoint_is_named_with_the_one_before(pair, is_cut, tmp_path
         else:
             file.unlink()
         with pytest.raises(SystemExit) as stop:
-            train.main(["--resume", str(tmp_path)])
+            train.main(["--resume", str(tmp_path), "--steps", "2"])
         line = str(stop.value)
         assert str(broken) in line and str(good) in line and "\n" not in line, (name, line)
         train.main(["--resume", str(good), "--out", str(tmp_path / name), "--steps", "1"])
