@@ -3016,6 +3016,9 @@ def test_a_killed_run_goes_on_as_if_never_killed(num_processes, kills, tmp_path)
         for folder in checkpoints(out).values():
             assert contents_of(folder).keys() == complete, f"half a checkpoint at {kind} {moment}"
 
+        log = out / "metrics.jsonl"
+        num_rows = log.read_text().count("\n") if log.exists() else 0
+        assert max(checkpoints(out), default=0) >= num_rows - 1, "at most the last step is lost"
         flags = ["--resume", out] if checkpoints(out) else [*MORTAL, "--out", out]
         if num_processes == 2:
             run(*TWO, "train.py", *flags)
