@@ -154,6 +154,8 @@ class Lockbox(Env):
 
     Options:
         codes: number of codes, one of which opens the box
+        novice_peeks: how often the player to be imitated peeks, with nothing written down
+        novice_care: how often it writes down a code it saw, and follows a written one
     """
 
     name = "lockbox"
@@ -161,11 +163,12 @@ class Lockbox(Env):
     is_markov = True
     warm_skill = 0.0
     action_format = "one action inside <action> </action>: open and a code, peek, or leave"
-    novice_care = 0.7  # how often the novice writes down a code it saw, and follows a written one
 
-    def __init__(self, codes: int = 8):
+    def __init__(self, codes: int = 8, novice_peeks: float = 0.1, novice_care: float = 0.7):
         require(2 <= codes <= 10**6, f"lockbox has 2 to a million codes, got --codes {codes}")
-        self.codes = codes
+        for name, share in (("novice_peeks", novice_peeks), ("novice_care", novice_care)):
+            require(0 <= share <= 1, f"--{name} is a share from 0 to 1, not {share}")
+        self.codes, self.novice_peeks, self.novice_care = codes, novice_peeks, novice_care
 
     def reset(self, seed: int) -> tuple[str, dict[str, Any]]:
         self.code = derive_seed("lockbox", seed) % self.codes + 1
@@ -221,7 +224,7 @@ class Lockbox(Env):
             action = f"open {written[-1]}"
         else:
             opens = [f"open {code}" for code in range(1, self.codes + 1)]
-            action = rng.choice(["peek", "leave", *opens])
+            action = "peek" if rng.random() < self.novice_peeks else rng.choice(["leave", *opens])
         return f"<action>{action}</action>"
 
     def scripted_reflection(self, rng: random.Random) -> str:

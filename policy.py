@@ -2,8 +2,9 @@
 
 `load_policy` takes a folder or a name of the hub. Without a GPU the policy is `tiny`: a
 Qwen3-shaped model of under a million weights whose tokenizer is made from the environment's own
-texts. `warm_policy` teaches it the format, and copying from memory, by imitation of a scripted
-player, and saves it as an ordinary checkpoint folder. From there on it is a model like any other.
+texts. `warm_policy` teaches it, or any other model, the format, and copying from memory, by
+imitation of a scripted player, and saves it as an ordinary checkpoint folder. From there on the
+tiny policy is a model like any other.
 """
 
 import hashlib
@@ -239,49 +240,60 @@ def scripted_trial(
         return stop.value
 
 
-WARM_VERSION = 1  # raise it when the same options would make another policy
+WARM_VERSION = 2  # raise it when the same options would make another policy
 
 
 def warm_policy(config: Any) -> Path:
-    """The folder of the warm-started tiny policy of these options; made once, then kept.
+    """The folder of the warm-started policy of these options; made once, then kept.
 
     The scripted player plays first episodes badly, writes down what was seen, and often follows
     what is written. So RL starts from a policy that knows the format and can copy from memory;
-    when to explore, and how far to trust memory, is left to RL.
+    when to explore, and how far to trust memory, is left to RL. That is a cold start as practised
+    before RL, no part of the paper: a large model needs none, and a baseline starts from the same.
     """
     env = make_env(config.env, **config.env_options)
+    is_tiny = config.model == "tiny"
     if config.tiny_hidden % 8:
         raise ValueError(f"--tiny_hidden must be a multiple of 8, not {config.tiny_hidden}")
     if not env.has_scripted_player():
-        raise ValueError(
-            f"{env.name} has no scripted player, which the tiny policy learns from; give another "
-            "--model"
-        )
+        remedy = "give another --model" if is_tiny else "leave out --warm_steps"
+        raise ValueError(f"{env.name} has no scripted player to imitate; {remedy}")
     # An RL baseline, of single episodes, starts from the same policy.
     episodes = max(config.episodes, config.warm_episodes)
-    play = dict(episodes=episodes, style="compact", max_prompt=config.max_prompt)
+    play = dict(episodes=episodes, style=config.style, max_prompt=config.max_prompt)
     recorder, rng = Recorder(), random.Random(config.seed)
     for seed in range(64):
         scripted_trial(env, seed, chat=recorder, skill=env.warm_skill, rng=rng, **play)
 
-    names = ("seed", "tiny_hidden", "tiny_layers", "warm_steps", "warm_batch", "warm_lr")
+    names = ["seed", "warm_steps", "warm_batch", "warm_lr", "model"]
+    names += ["tiny_hidden", "tiny_layers"] if is_tiny else ["dtype"]
     options = {name: getattr(config, name) for name in names}
-    # The texts stand for the environment's rules, which a user may be editing.
-    key = json.dumps([WARM_VERSION, options, play, config.env_options, recorder.texts])
+    # The texts stand for the environment's rules, which a user may be editing; so may a model be.
+    files = [(str(p), p.stat().st_mtime) for p in sorted(Path(config.model).glob("*.safetensors"))]
+    key = json.dumps([WARM_VERSION, options, play, config.env_options, recorder.texts, files])
     key = hashlib.sha256(key.encode()).hexdigest()[:12]
     cache = Path(os.environ.get("LAMER_CACHE", "~/.cache/lamer")).expanduser()
-    folder = cache / f"tiny-{env.name}-{key}"
+    folder = cache / f"{Path(config.model).name}-{env.name}-{key}"
     if folder.is_dir():
         return folder
 
-    tokenizer = make_tokenizer(recorder.texts)
     torch.manual_seed(config.seed)
-    model = Qwen3ForCausalLM(tiny_shape(config, len(tokenizer), tokenizer.eos_token_id))
-    optimizers = make_optimizers(model, config.warm_lr)
+    if is_tiny:
+        tokenizer = make_tokenizer(recorder.texts)
+        chat = Chat(tokenizer)
+        model = Qwen3ForCausalLM(tiny_shape(config, len(tokenizer), tokenizer.eos_token_id))
+        optimizers = make_optimizers(model, config.warm_lr)
+    else:
+        model, chat = load_policy(config.model, torch.float32, config.device)
+        tokenizer = chat.tokenizer
+        optimizers = [torch.optim.AdamW(model.parameters(), config.warm_lr, weight_decay=0.0)]
+        if config.grad_checkpoint:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+    policy = Policy(model, chat.vocab_size, bf16=not is_tiny and config.dtype == "bfloat16")
+    policy.check_trees(chat.encode(recorder.texts[0]))
     schedule = partial(warm_up_and_down, steps=config.warm_steps)
     schedulers = [torch.optim.lr_scheduler.LambdaLR(each, schedule) for each in optimizers]
-    policy = Policy(model, len(tokenizer))
-    batches = scripted_batches(env, Chat(tokenizer), config, rng, play)
+    batches = scripted_batches(env, chat, config, rng, play)
     bar = tqdm(
         range(config.warm_steps),
         desc=f"warm start on {env.name}",
@@ -289,7 +301,7 @@ def warm_policy(config: Any) -> Path:
         file=sys.stderr,
     )
     for _ in bar:
-        loss = imitate(policy, next(batches))
+        loss = imitate(policy, next(batches), config.microbatch_tokens, with_prompts=is_tiny)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
             optimizer.step()
@@ -297,7 +309,7 @@ def warm_policy(config: Any) -> Path:
         model.zero_grad()
         bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
 
-    config = replace(config, episodes=episodes, memory="reflection", style="compact", out="")
+    config = replace(config, episodes=episodes, memory="reflection", out="")
     draft = folder.with_name(f"{folder.name}.{os.getpid()}.unfinished")
     try:
         save_policy(draft, model, tokenizer, config, 0)
@@ -321,8 +333,8 @@ def make_optimizers(model: Any, lr: float) -> list[torch.optim.Optimizer]:
 
 
 def warm_up_and_down(step: int, steps: int) -> float:
-    """Learning-rate factor: up over 50 steps, then linearly down to a fiftieth."""
-    return min(1.0, (step + 1) / 50) * max(0.02, 1 - step / steps)
+    """Learning-rate factor: up over a tenth of the steps, at most 50, then down to a fiftieth."""
+    return min(1.0, (step + 1) / min(50, 1 + steps // 10)) * max(0.02, 1 - step / steps)
 
 
 def scripted_batches(
@@ -349,22 +361,27 @@ def scripted_batches(
         yield batch
 
 
-def imitate(policy: Policy, turns: Sequence[Turn], microbatch_tokens: int = 512) -> float:
-    """Gradient of the mean loss over reply tokens plus that over prompt tokens; returns their sum.
+def imitate(
+    policy: Policy, turns: Sequence[Turn], microbatch_tokens: int, with_prompts: bool
+) -> float:
+    """Gradient of the mean loss over reply tokens; returns the loss.
 
-    Predicting a board from its remembered picture is what teaches a small model to look back.
+    `with_prompts` adds the mean over prompt tokens: predicting a board from its remembered picture
+    is what teaches a small model to look back.
     """
     num_replies = sum(len(turn.reply_ids) for turn in turns)
     num_prompts = sum(len(turn.prompt_ids) - 1 for turn in turns)
     total = 0.0
     for batch in micro_batches(policy, turns, microbatch_tokens):
-        weights = []
+        scored, weights = batch, []
+        if with_prompts:  # all tokens but the first count as the reply
+            scored = [make_turn(turn.prompt_ids[:1], turn.token_ids()[1:]) for turn in batch]
         for turn in batch:
-            weights += [1 / num_prompts] * (len(turn.prompt_ids) - 1)
+            if with_prompts:
+                weights += [1 / num_prompts] * (len(turn.prompt_ids) - 1)
             weights += [1 / num_replies] * len(turn.reply_ids)
-        # all tokens but the first as the reply
-        rows = [make_turn(turn.prompt_ids[:1], turn.token_ids()[1:]) for turn in batch]
-        loss = -(policy(rows).logps * torch.tensor(weights)).sum()
+        logps = policy(scored).logps  # (T,)
+        loss = -(logps * torch.tensor(weights, device=logps.device)).sum()
         loss.backward()
         total += loss.item()
     return total

@@ -162,13 +162,13 @@ class Config:
     keep: int = option(2, "checkpoints kept, newest first", least=1)
     device: str = option("cuda", "cpu or cuda", choices=("cpu", "cuda"))
     dtype: str = option("bfloat16", "of sampler and products; weights are fp32", choices=DTYPES)
-    # the tiny policy
+    # the warm start, and the tiny policy
+    warm_steps: int = option(0, "steps of imitating a scripted player, before RL", least=0)
+    warm_batch: int = option(32, "turns per step of imitation", least=1)
+    warm_lr: float = option(1e-4, "peak learning rate of imitation", above=0)
+    warm_episodes: int = option(3, "episodes per imitated trial, if --episodes is less", least=1)
     tiny_hidden: int = option(128, "width", least=8)
     tiny_layers: int = option(4, "depth", least=1)
-    warm_steps: int = option(600, "steps of imitation before RL", least=1)
-    warm_batch: int = option(64, "turns per step of imitation", least=1)
-    warm_lr: float = option(2e-3, "peak learning rate of imitation", above=0)
-    warm_episodes: int = option(3, "episodes per imitated trial, if --episodes is less", least=1)
 
     env_options: dict[str, Any] = field(default_factory=dict)
 
@@ -190,6 +190,9 @@ TINY_RECIPE = dict(  # found by trying (README)
     grad_checkpoint=False,
     max_prompt=192,
     max_reply=64,
+    warm_steps=600,
+    warm_batch=64,
+    warm_lr=2e-3,
 )
 TINY_ENV_RECIPES = {
     "lockbox": dict(
@@ -209,17 +212,42 @@ TINY_ENV_RECIPES = {
         steps=60, minibatch=128, max_prompt=256, env_options=dict(receptacles=8, objects=8)
     ),
 }
+# A model of the hub small enough for a CPU, after a warm start; found by trying (README)
+HUB_ON_CPU = dict(
+    dtype="bfloat16",
+    style="direct",
+    lr=1e-5,
+    num_tasks=8,
+    minibatch=1024,
+    microbatch_tokens=2048,
+    grad_checkpoint=False,
+    max_prompt=1024,
+    max_reply=64,
+)
+HUB_ON_CPU_ENVS = {
+    "lockbox": dict(
+        steps=12,
+        max_prompt=512,
+        max_reply=16,
+        env_options=dict(novice_peeks=0.4, novice_care=0.9),
+    ),
+}
 # What may change when a run is resumed: nothing that changes the numbers, but for how long it goes.
 RESUME_OPTIONS = ("steps", "eval_every", "save_every", "keep", "device", "slots")
 RESUME_OPTIONS += ("microbatch_tokens", "grad_checkpoint")
 LOGS = ("metrics.jsonl", "evals.jsonl")
 
 
-def recipe(env: str, model: str) -> dict[str, Any]:
+def recipe(env: str, model: str, is_warmed_on_cpu: bool = False) -> dict[str, Any]:
     """What differs from the paper's values for this environment and kind of policy."""
-    is_small = model == "tiny" or saved_config(newest_checkpoint(model)).get("style") == "compact"
     options = ENV_RECIPES.get(env, {})
-    return options | TINY_RECIPE | TINY_ENV_RECIPES.get(env, {}) if is_small else options
+    if model == "tiny":
+        return options | TINY_RECIPE | TINY_ENV_RECIPES.get(env, {})
+    if saved_config(newest_checkpoint(model)).get("style") == "compact":  # tiny, trained before
+        options = options | TINY_RECIPE | TINY_ENV_RECIPES.get(env, {})
+    elif is_warmed_on_cpu:
+        options = options | HUB_ON_CPU | HUB_ON_CPU_ENVS.get(env, {})
+    return options | {"warm_steps": 0}
 
 
 def default_device() -> str:
@@ -235,11 +263,12 @@ def make_config(**given: Any) -> Config:
     options = {}
     if given.get("preset") == "official":
         options |= OFFICIAL
-    if given.get("device", default_device()) == "cpu":
+    device = given.get("device", default_device())
+    if device == "cpu":
         options |= ON_CPU
-    options |= recipe(
-        given.get("env", Config.env), given.get("model", options.get("model", Config.model))
-    )
+    model = given.get("model", options.get("model", Config.model))
+    is_warmed_on_cpu = device == "cpu" and given.get("warm_steps", 0) > 0
+    options |= recipe(given.get("env", Config.env), model, is_warmed_on_cpu)
     sizes = options.pop("env_options", {})
     own = given.get("env_options", {})
     if "data" in own:  # the recipe's sizes are those of generated tasks
@@ -281,6 +310,8 @@ def check_config(config: Config) -> Config:
         raise ValueError(f"--dual_clip must be 0 (off) or above 1, got {config.dual_clip}")
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda, but torch finds no CUDA GPU here; use --device cpu")
+    if config.model == "tiny" and config.warm_steps < 1:
+        raise ValueError("--warm_steps must be at least 1 for the tiny policy")
     config.model = newest_checkpoint(config.model)
     if config.episodes == 1:
         config.memory = "none"
@@ -482,7 +513,7 @@ def start_run(config: Config) -> Run:
         for stale in Path(config.out).glob("*.unfinished"):  # of a killed run
             shutil.rmtree(stale, ignore_errors=True)
     start = config.model
-    if start == "tiny" and (config.kl_coef or not config.resume):
+    if config.warm_steps and (config.kl_coef or not config.resume):
         if rank == 0:
             warm_policy(config)
         if world > 1:
