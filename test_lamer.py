@@ -75,6 +75,7 @@ from sampler import EVAL_SEED, ContinuousSampler, GenerateSampler, RowCache, Sam
 
 HERE = Path(__file__).parent
 GOLDEN = Path(os.environ.get("LAMER_GOLDEN", HERE / "golden"))
+SMOLLM2 = os.environ.get("LAMER_SMOLLM2", "")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -1438,6 +1439,33 @@ def test_models_of_other_kinds_fall_back_or_are_refused(tmp_path, capsys):
     assert [*map(len, lamer.micro_batches(policy, turns, 10**6))] == [1] * len(turns)
     with pytest.raises(ValueError, match="scaled or capped"):
         hub_policy(tmp_path / "scaled", "granite", logits_scaling=8.0)
+
+
+@SLOW
+@pytest.mark.skipif(not SMOLLM2, reason="no $LAMER_SMOLLM2, a folder made by bench/smollm2.py")
+def test_a_real_language_model_plays_and_trains(tmp_path):
+    model, chat = load_policy(SMOLLM2, torch.float32, "cpu")
+    prompt = chat.encode("What is the capital of France? <|im_end|>")
+    end = chat.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert end in chat.stop_ids and prompt.count(end) == 2, "of the template, not of the text"
+    assert chat.tokenizer.decode(prompt).endswith("<|im_start|>assistant\n")
+    answer = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False)
+    assert "Paris" in chat.decode(answer[0, len(prompt) :].tolist())
+    config = train.make_config(env="lockbox", model=SMOLLM2, device="cpu", style="direct")
+    real = replace(config, max_prompt=512, max_reply=12), model, chat
+    assert replies_of(play(real, num=4, slots=3)) == replies_of(play(real, "generate", num=4))
+
+    out = tmp_path / "run"
+    flags = f"--env lockbox --model {SMOLLM2} --device cpu --warm_steps 3 --warm_batch 16"
+    flags += f" --num_tasks 2 --group_size 4 --eval_every 0 --out {out}"
+    train.main([*flags.split(), "--steps", "1"])
+    train.main(["--resume", str(out), "--steps", "2"])
+    log = rows(out / "metrics.jsonl")
+    assert [row["step"] for row in log] == [1, 2] and all(row["updates"] for row in log)
+    assert max(row["valid"] for row in log) > 0.1, "zero without a warm start"
+    assert max(row["sampler_gap"] for row in log) < 0.1
+    evaluation.main(["--model", str(out), "--num_tasks", "4", "--json", str(tmp_path / "r.json")])
+    assert json.loads((tmp_path / "r.json").read_text())["num_tasks"] == 4
 
 
 def test_prompting_baselines(tmp_path):
