@@ -620,11 +620,11 @@ class PrefixTree(NamedTuple):
 def prefix_tree(rows: Sequence[Sequence[int]]) -> PrefixTree:
     """Merge rows of token ids where they begin alike.
 
-        A  7 8 5      7 - 8 - 5       node     0  1  2  3  4      path of A  0 1 2
-        B  7 8 6 2         \\          token    7  8  5  6  2      path of B  0 1 3 4
-        C  7 8 6            6 - 2     depth    0  1  2  2  3      path of C  0 1 3
-                                      parent  -1  0  1  1  3
-                                      end      5  5  3  5  5
+        A  7 8 5      7 - 8 - 5         node     0  1  2  3  4      path of A  0 1 2
+        B  7 8 6 2        |             token    7  8  5  6  2      path of B  0 1 3 4
+        C  7 8 6          6 - 2         depth    0  1  2  2  3      path of C  0 1 3
+                                        parent  -1  0  1  1  3
+                                        end      5  5  3  5  5
 
     What a causal model computes at a token depends on nothing but the tokens before it, so a node
     serves all rows that pass through it. Nodes are numbered along the sorted rows: each row shares
