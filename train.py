@@ -9,15 +9,16 @@
 
 Without a GPU the policy is `tiny`: a Qwen3-shaped model of under a million weights, made on the
 spot and warm-started by imitating a scripted player, so that meta-RL can be watched at work within
-minutes. From there on it is a model like any other. Every random draw is a function of (seed, step,
-trial, turn, token), so a run is repeatable and resumes exactly, on a GPU up to the order in which
-its kernels add.
+minutes. From there on it is a model like any other; `--warm_steps` warm-starts any other, too.
+Every random draw is a function of (seed, step, trial, turn, token), so a run is repeatable and
+resumes exactly, on a GPU up to the order in which its kernels add.
 
 Simplifications against the paper and the official code:
 1. One process per GPU holds the whole model and plays its own tasks; no inference servers.
 2. One pass over each batch of trials, as in the official scripts. PPO's value is one per turn.
 3. Data parallel (torch DDP); AdamW's moments alone are divided among the processes.
 4. The learning rate is constant.
+5. A mini-batch holds whole trials, whose turns share tokens, not turns at random.
 """
 
 import argparse
