@@ -552,6 +552,7 @@ def start_run(config: Config) -> Run:
 
 
 PR_SET_PDEATHSIG = 1  # in Linux' prctl: the signal to get when the parent process dies
+M_MMAP_THRESHOLD = -3  # in glibc's mallopt: what is larger goes back to the system when freed
 
 
 def start_processes(config: Config) -> tuple[int, int]:
@@ -562,15 +563,19 @@ def start_processes(config: Config) -> tuple[int, int]:
             f"--num_tasks {config.num_tasks} cannot be dealt evenly to {world} processes"
         )
     is_gpu = config.device == "cuda"
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        # Else glibc raises it as it likes, and what activations leave behind lies about in pieces.
+        libc.mallopt(M_MMAP_THRESHOLD, 2**22)
     if is_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         idle = torch.cuda.device_count() - int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         if idle > 0:
             print0(f"{idle} GPUs stay idle; torchrun --nproc-per-node=gpu train.py ... uses all")
     if world > 1:
-        if sys.platform == "linux":
+        if libc:
             # A killed torchrun would leave us writing to a folder that another run goes on in.
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         # They wait for each other through whole rollouts and saves: ten minutes are too short.
         dist.init_process_group("nccl" if is_gpu else "gloo", timeout=timedelta(hours=2))
         shared = [config.out]  # each may have found another free number
