@@ -663,11 +663,9 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 def micro_batches(policy: Any, turns: Iterable[Turn], max_tokens: int) -> list[list[Turn]]:
     """Turns in batches whose trees have at most max_tokens nodes, or of one turn.
 
-    In sorted order, so that turns with much in common meet. Bounded, since attention in a tree
-    costs the square of its size.
+    In sorted order, so that turns with much in common meet. The policy may know a lower bound.
     """
-    if not unwrap(policy).takes_trees:
-        return [[turn] for turn in turns]
+    max_tokens = min(max_tokens, unwrap(policy).most_nodes)
     batches: list[list[Turn]] = []
     size, before = max_tokens, []
     for turn in sorted(turns, key=Turn.token_ids):
@@ -708,7 +706,8 @@ class Policy(torch.nn.Module):
         self.model, self.value_head = model, value_head
         self.vocab_size, self.temperature, self.bf16 = vocab_size, temperature, bf16
         self.chunk = max(1, 2**26 // vocab_size)  # tokens: 256 MB of fp32 logits at a time
-        self.takes_trees = True  # until `check_trees` finds otherwise
+        # Attention in a tree costs the square of its size: here about as much as all the rest.
+        self.most_nodes = max(512, 4 * model.config.get_text_config().hidden_size)
 
     def forward(self, turns: Sequence[Turn], need_entropy_grad: bool = False) -> PolicyOutput:
         """Score the replies of a batch of turns, on their prefix tree.
@@ -774,13 +773,14 @@ class Policy(torch.nn.Module):
         bf16, self.bf16 = self.bf16, False  # what rounds little shows little mistakes
         alone = torch.cat([self(turns[:1]).logps, self(turns[1:]).logps])
         try:
-            self.takes_trees = torch.allclose(self(turns).logps, alone, rtol=1e-4, atol=1e-4)
+            is_right = torch.allclose(self(turns).logps, alone, rtol=1e-4, atol=1e-4)
         except torch.OutOfMemoryError:
             raise
         except Exception:  # every architecture fails in a way of its own
-            self.takes_trees = False
+            is_right = False
         self.bf16 = bf16
-        if not self.takes_trees:
+        if not is_right:
+            self.most_nodes = 0
             print0("this model takes no mask of ours: the update computes every turn alone")
 
     def score(
