@@ -19,11 +19,15 @@ the most that can be won within the turn limit.
 
 import json
 import math
+import platform
 import random
+import shlex
 import sys
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +227,19 @@ def prepare(argv: Sequence[str]) -> tuple[dict[str, Any], Config, str]:
     return given, config, source
 
 
+def measured(device: str) -> dict[str, Any]:
+    """When, by which versions and on what: what a number needs to be repeated."""
+    is_gpu = device == "cuda"
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "machine": torch.cuda.get_device_name() if is_gpu else f"{platform.machine()} CPU",
+        "threads": torch.get_num_threads(),
+    }
+
+
 def main(argv: Sequence[str]) -> None:
     try:
         given, config, source = prepare(argv)
@@ -258,6 +275,8 @@ def main(argv: Sequence[str]) -> None:
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "top_k": sampling.top_k,
+        "command": shlex.join(["eval.py", *argv]),
+        "measured": measured(config.device),
         **result(config, trials),
         "num_different_tasks": len({trial.task_key for trial in trials}),
         "tasks": [

@@ -707,7 +707,7 @@ class Policy(torch.nn.Module):
         self.vocab_size, self.temperature, self.bf16 = vocab_size, temperature, bf16
         self.chunk = max(1, 2**26 // vocab_size)  # tokens: 256 MB of fp32 logits at a time
         # Attention in a tree costs the square of its size: here about as much as all the rest.
-        self.most_nodes = max(512, 4 * model.config.get_text_config().hidden_size)
+        self.most_nodes = max(512, 2 * model.config.get_text_config().hidden_size)
 
     def forward(self, turns: Sequence[Turn], need_entropy_grad: bool = False) -> PolicyOutput:
         """Score the replies of a batch of turns, on their prefix tree.

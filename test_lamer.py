@@ -1488,6 +1488,8 @@ def test_prompting_baselines(tmp_path):
     row = json.loads(json_file.read_text())
     assert row["prompting"] == "reflexion" and len(row["success"]) == 3
     assert (row["temperature"], row["top_p"], row["top_k"]) == (0.7, 0.8, 20)
+    assert row["command"].startswith(f"eval.py --model {folder} --env minesweeper")
+    assert row["measured"]["torch"] == torch.__version__
 
 
 # ---------------------------------------------------------------- the fast sampler's check

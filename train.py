@@ -230,6 +230,12 @@ HUB_ON_CPU_ENVS = {
         max_reply=16,
         env_options=dict(novice_peeks=0.4, novice_care=0.9),
     ),
+    "minesweeper": dict(
+        steps=12, num_tasks=4, max_reply=80, env_options=dict(size=4, mines=2, turns=9)
+    ),
+    "alfworld": dict(
+        steps=12, num_tasks=4, max_reply=48, env_options=dict(receptacles=8, objects=8)
+    ),
 }
 # What may change when a run is resumed: nothing that changes the numbers, but for how long it goes.
 RESUME_OPTIONS = ("steps", "eval_every", "save_every", "keep", "device", "slots")

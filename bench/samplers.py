@@ -6,9 +6,11 @@
 Settings: `long`, a scripted player's prompts in Sokoban in full, four tasks by eight trials, with
 replies of log-normal length (mean 150, sigma 0.8, at most 512 tokens) and random weights of a
 Llama of 30 million; `tiny`, MineSweeper as the recipe has it, the policy after 200 steps of
-imitation. Compared are the sampler as it is, the same without sharing prefixes across rows, and
-generation in lock-step. Prints medians: seconds, reply tokens a second, prompt tokens computed of
-all, share of the time spent in the model, and how full its passes were.
+imitation. Compared are the sampler as it is, the same without sharing prefixes across rows,
+generation in lock-step, and transformers' continuous batching (what `generate_batch` runs on),
+which gets replies of the same lengths, not the same tokens. Prints medians: seconds, reply tokens a
+second, prompt tokens computed of all, share of the time spent in the model, and how full its passes
+were.
 """
 
 import argparse
@@ -24,7 +26,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 import sampler
 import train
@@ -34,7 +41,7 @@ from policy import Recorder, load_policy, make_tokenizer, scripted_trial, warm_p
 from sampler import Chat, ContinuousSampler, GenerateSampler, Sampling, rollout
 
 SETTINGS = ("long", "tiny")
-KINDS = ("ours", "not shared", "lock-step")
+KINDS = ("ours", "not shared", "lock-step", "generate_batch")
 
 
 def record_long() -> tuple:
@@ -52,12 +59,12 @@ def record_long() -> tuple:
     trials = []
     for i in range(32):
         trial = scripted_trial(env, 1000 + i // 8, chat=chat, skill=0.3, rng=rng, **play)
-        for turn in trial.turns[:4]:
+        for turn in trial.turns[:2]:
             length = min(512, round(rng.lognormvariate(np.log(150) - 0.32, 0.8)) + 1)
             words = [rng.randrange(chat.vocab_size) for _ in range(length - 1)]
             stop = min(chat.stop_ids)
             turn.reply_ids = [word for word in words if word not in chat.stop_ids] + [stop]
-        trials.append(trial.turns[:4])
+        trials.append(trial.turns[:2])
     return model, chat, trials
 
 
@@ -112,6 +119,11 @@ def measure(kind: str, model, chat: Chat, trials: list[list[Turn]], slots: int) 
     prompts = [turn.prompt_ids for turns in trials for turn in turns]
     replies = [turn.reply_ids for turns in trials for turn in turns]
     limits = max(map(len, prompts)), max(map(len, replies))
+    if kind == "generate_batch":
+        begin = time.perf_counter()
+        generate_batch(model, trials)
+        seconds = time.perf_counter() - begin
+        return {"seconds": seconds, "reply_tokens_per_second": sum(map(len, replies)) / seconds}
     if kind == "lock-step":
         player = GenerateSampler(model, chat, slots, limits[1])
     else:
@@ -139,6 +151,35 @@ def measure(kind: str, model, chat: Chat, trials: list[list[Turn]], slots: int) 
         row["prompt_tokens"] = sum(map(len, prompts))
         row["occupancy"] = counts["computed"] / counts["places"]
     return row
+
+
+def generate_batch(model, trials: list[list[Turn]]) -> None:
+    """All trials by transformers' continuous batching, each asking as soon as it was answered."""
+    longest = max(len(turn.prompt_ids) + len(turn.reply_ids) for turns in trials for turn in turns)
+    settings = ContinuousBatchingConfig(
+        page_size=32,
+        num_blocks=len(trials) * (longest // 32 + 2),  # room for every trial at once, as ours has
+        max_batch_tokens=1024,
+        max_requests_per_batch=len(trials),
+    )
+    is_greedy = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
+    left = {str(i): list(turns) for i, turns in enumerate(trials)}
+
+    def ask(key: str) -> None:
+        turn = left[key].pop(0)
+        manager.add_request(turn.prompt_ids, key, max_new_tokens=len(turn.reply_ids))
+
+    with model.continuous_batching_context_manager(
+        generation_config=is_greedy, continuous_batching_config=settings, warmup=False
+    ) as manager:
+        for key in left:
+            ask(key)
+        while left:
+            answer = manager.get_result(timeout=60)
+            if left[answer.request_id]:
+                ask(answer.request_id)
+            else:
+                del left[answer.request_id]
 
 
 def main() -> None:

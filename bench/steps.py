@@ -4,8 +4,9 @@
     python bench/steps.py --tree OTHER --rounds 5          alternating with another checkout of it
 
 Imitation is timed from scratch, training from one policy of 200 steps of imitation, every round in
-processes of its own with one thread. Prints medians over the rounds, each run's first training step
-left out.
+processes of its own with one thread. `rl_rollout` is the time that RL on single episodes, the same
+policy and as many episodes a step, would take for as many reply tokens. Prints medians over the
+rounds, each run's first training step left out.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from statistics import median
 
 HERE = Path(__file__).resolve().parent.parent
 ENVS = ("lockbox", "minesweeper", "sokoban", "webshop", "alfworld")
+RL_GROUP = dict.fromkeys(ENVS, 24) | {"lockbox": 16}  # as many episodes as 8 trials have
 WARM_START = """
 import sys, time
 import train
@@ -45,13 +47,19 @@ def measure(tree: Path, env: str, policy: str) -> dict[str, float]:
         seconds = [python(tree, folder, "-c", WARM_START, env, steps) for steps in (5, 25)]
         short, long = (float(line.split()[0]) for line in seconds)
         flags = ["--env", env, "--model", policy, "--device", "cpu", "--eval_every", 0]
-        python(tree, folder, "train.py", *flags, "--steps", 4, "--out", f"{folder}/run")
-        log = Path(folder, "run", "metrics.jsonl").read_text()
-    rows = [json.loads(line) for line in log.splitlines()][1:]
+        flags += ["--steps", 4]
+        logs = []
+        for name, more in (("meta", []), ("rl", ["--episodes", 1, "--group_size", RL_GROUP[env]])):
+            python(tree, folder, "train.py", *flags, *more, "--out", f"{folder}/{name}")
+            log = Path(folder, name, "metrics.jsonl").read_text()
+            logs.append([json.loads(line) for line in log.splitlines()][1:])
+    rows, of_rl = logs
+    rl_seconds = median(row["seconds"]["rollout"] / row["reply_tokens"] for row in of_rl)
     return {
         "imitation": (long - short) / 20,
         "rollout": median(row["seconds"]["rollout"] for row in rows),
         "update": median(row["seconds"]["update"] for row in rows),
+        "rl_rollout": rl_seconds * median(row["reply_tokens"] for row in rows),
         "reply_tokens": median(row["reply_tokens"] for row in rows),
     }
 
