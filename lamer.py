@@ -665,7 +665,8 @@ def micro_batches(policy: Any, turns: Iterable[Turn], max_tokens: int) -> list[l
 
     In sorted order, so that turns with much in common meet. The policy may know a lower bound.
     """
-    max_tokens = min(max_tokens, unwrap(policy).most_nodes)
+    turns = list(turns)
+    max_tokens = min(max_tokens, unwrap(policy).most_nodes(turns))
     batches: list[list[Turn]] = []
     size, before = max_tokens, []
     for turn in sorted(turns, key=Turn.token_ids):
@@ -706,8 +707,7 @@ class Policy(torch.nn.Module):
         self.model, self.value_head = model, value_head
         self.vocab_size, self.temperature, self.bf16 = vocab_size, temperature, bf16
         self.chunk = max(1, 2**26 // vocab_size)  # tokens: 256 MB of fp32 logits at a time
-        # Attention in a tree costs the square of its size: here about as much as all the rest.
-        self.most_nodes = max(512, 2 * model.config.get_text_config().hidden_size)
+        self.takes_trees = True  # until `check_trees` finds otherwise
 
     def forward(self, turns: Sequence[Turn], need_entropy_grad: bool = False) -> PolicyOutput:
         """Score the replies of a batch of turns, on their prefix tree.
@@ -761,6 +761,18 @@ class Policy(torch.nn.Module):
         )
         return output.last_hidden_state[0]
 
+    def most_nodes(self, turns: Sequence[Turn]) -> int:
+        """The size of a tree from which on attention, its square, costs what more sharing saves.
+
+        Where attention costs as much as all the rest at c nodes, turns that share s tokens are
+        cheapest in trees of s + sqrt(s^2 + cs): about 2s + c/2. Measured on CPUs, c is about twice
+        the model's width; s is at most the length of a turn.
+        """
+        if not self.takes_trees:
+            return 0
+        mean = sum(len(turn.token_ids()) for turn in turns) // max(1, len(turns))
+        return max(512, 2 * mean + self.model.config.get_text_config().hidden_size)
+
     @torch.no_grad()
     def check_trees(self, ids: Sequence[int]) -> None:
         """See whether the model takes mask and positions as given, on two turns that fork.
@@ -773,14 +785,13 @@ class Policy(torch.nn.Module):
         bf16, self.bf16 = self.bf16, False  # what rounds little shows little mistakes
         alone = torch.cat([self(turns[:1]).logps, self(turns[1:]).logps])
         try:
-            is_right = torch.allclose(self(turns).logps, alone, rtol=1e-4, atol=1e-4)
+            self.takes_trees = torch.allclose(self(turns).logps, alone, rtol=1e-4, atol=1e-4)
         except torch.OutOfMemoryError:
             raise
         except Exception:  # every architecture fails in a way of its own
-            is_right = False
+            self.takes_trees = False
         self.bf16 = bf16
-        if not is_right:
-            self.most_nodes = 0
+        if not self.takes_trees:
             print0("this model takes no mask of ours: the update computes every turn alone")
 
     def score(

@@ -372,7 +372,7 @@ def test_an_invalid_reply_pays_its_penalty(estimator):
     def zeros(batch):
         return SimpleNamespace(values=torch.zeros(len(batch)))
 
-    zeros.most_nodes = 100
+    zeros.most_nodes = lambda turns: 100
 
     def credit(*invalid):
         """Advantages and value targets, with these turns invalid."""
@@ -1687,7 +1687,7 @@ def test_a_prefix_tree_by_hand():
     assert tree.ends == [5, 5, 3, 5, 5, 6], "5 begins another tree"
     assert tree.paths == [[0, 1, 3, 4], [0, 1, 2], [5], [0, 1, 3], [0, 1, 2]]
     turns = [lamer.make_turn(row[:1], row[1:]) for row in ([7, 8, 6, 2], [9, 9], [7, 8, 5])]
-    policy = SimpleNamespace(most_nodes=6)
+    policy = SimpleNamespace(most_nodes=lambda turns: 6)
 
     def rows(most):
         batches = lamer.micro_batches(policy, turns, most)
@@ -1695,9 +1695,9 @@ def test_a_prefix_tree_by_hand():
 
     assert rows(5) == [[[7, 8, 5], [7, 8, 6, 2]], [[9, 9]]], "five nodes, then two"
     assert rows(4) == [[[7, 8, 5]], [[7, 8, 6, 2]], [[9, 9]]], "shared with none, cut after each"
-    policy.most_nodes = 7
+    policy.most_nodes = lambda turns: 7
     assert rows(6) == rows(5) and rows(7) == [[[7, 8, 5], [7, 8, 6, 2], [9, 9]]]
-    policy.most_nodes = 6
+    policy.most_nodes = lambda turns: 6
     assert rows(7) == rows(6), "the policy's own bound"
     assert len(rows(1)) == 3
 
@@ -2252,7 +2252,7 @@ def test_credit_is_assigned_as_the_options_say(tmp_path):
     def value(batch):
         return SimpleNamespace(values=torch.tensor([len(turn.prompt_ids) for turn in batch]))
 
-    value.most_nodes = 100
+    value.most_nodes = lambda turns: 100
 
     def credit(flags=None):
         """Two groups of trials, and with flags their advantages."""
@@ -3253,7 +3253,7 @@ def test_the_readme_is_true():
     known = {each.name for cls in (train.Config, evaluation.EvalConfig) for each in fields(cls)}
     for env in (*ENVS, "webshop", "alfworld"):
         known |= {*train.env_flags(env)}
-    known |= {"nproc", "help", "shape"}  # of torchrun, of both commands, and of bench/memory.py
+    known |= {"nproc", "help", "shape", "deps"}  # of torchrun, both commands, bench/memory.py, pip
     assert flags <= known, f"README names flags that do not exist: {sorted(flags - known)}"
 
 
