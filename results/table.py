@@ -1,0 +1,68 @@
+"""A table of success from results/*.json, and the differences that the claims are about.
+
+    python results/table.py minesweeper-tiny          the results of results/games.sh
+    python results/table.py minesweeper-tiny warm     what holds before RL
+
+Success in percent after each episode, mean over the seeds, in brackets the least and the most of
+the last. Differences after the last episode are paired by task, with a 95% interval from 10,000
+bootstrap draws of the tasks within each seed; a claim needs one above 0 and the same sign in all
+seeds.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+
+
+def read(name: str) -> dict[str, dict[str, np.ndarray]]:
+    """{method and memory: {seed: (tasks, episodes) of wins so far}} of an environment and model."""
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for path in sorted(HERE.glob(f"{name}-*.json")):
+        method, seed, memory = re.fullmatch(rf"{name}-(\w+)-s(\d+)-(\w+)", path.stem).groups()
+        row = json.loads(path.read_text())
+        wins = [
+            [task["won_in"] is not None and task["won_in"] <= k for k in range(row["episodes"])]
+            for task in row["tasks"]
+        ]
+        found.setdefault(f"{method}-{memory}", {})[seed] = np.array(wins)
+    return found
+
+
+def compare(ours: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> str:
+    """The difference of two ways after their last episode, over the seeds that both have."""
+    pairs = [ours[seed][:, -1] * 1.0 - other[seed][:, -1] for seed in ours if seed in other]
+    rng = np.random.default_rng(0)
+    draws = [pair[rng.integers(len(pair), size=(10_000, len(pair)))].mean(1) for pair in pairs]
+    low, high = np.quantile(np.mean(draws, axis=0), [0.025, 0.975]) * 100
+    each = ", ".join(f"{100 * pair.mean():+.1f}" for pair in pairs)
+    return (
+        f"{100 * np.mean([pair.mean() for pair in pairs]):+.1f} [{low:+.1f}, {high:+.1f}] ({each})"
+    )
+
+
+def main(argv: list[str]) -> None:
+    if not argv:
+        sys.exit(__doc__)
+    found = read(argv[0])
+    if not found:
+        sys.exit(f"table.py: there is no results/{argv[0]}-*.json")
+    for way, by_seed in found.items():
+        success = np.array([wins.mean(0) for wins in by_seed.values()]) * 100  # (seeds, episodes)
+        shown = " / ".join(f"{share:.0f}" for share in success.mean(0))
+        least, most = success[:, -1].min(), success[:, -1].max()
+        print(f"{way:20s} {shown:14s} ({least:.0f}..{most:.0f}), {len(by_seed)} seeds")
+    method = argv[1] if len(argv) > 1 else "meta"
+    pairs = [("reflection", "swapped"), ("reflection", "none"), ("swapped", "none")]
+    pairs = [(f"{method}-{ours}", f"{method}-{other}") for ours, other in pairs]
+    for ours, other in [*pairs, ("meta-reflection", "rl-none")]:
+        if ours in found and other in found:
+            print(f"{ours} minus {other}: {compare(found[ours], found[other])}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
