@@ -1,14 +1,13 @@
 #!/usr/bin/env bash
 # The games: meta-RL and RL of equal budget, both from one warm start; is the memory used?
-#   results/games.sh tiny FOLDER minesweeper 0 1 2       seeds; 25 minutes each on two idle cores
+#   results/games.sh tiny FOLDER minesweeper 0 1 2       seeds; 25 minutes each on one core
 #   results/games.sh smollm2 FOLDER minesweeper 0        a model's folder (bench/smollm2.py)
 # FOLDER is where runs are kept. What is done is skipped, and a killed run goes on; the results are
 # results/ENV-MODEL-METHOD-sSEED-MEMORY.json, METHOD being warm, meta or rl.
 set -euo pipefail
 model=$1 runs=$2 env=$3 name=$(basename "$1")
 seeds=("${@:4}")
-here=$(cd "$(dirname "$0")" && pwd)
-cd "$here/.."
+cd "$(dirname "$0")/.."
 flags=(--env "$env" --model "$model" --device cpu)
 [ "$model" = tiny ] || flags+=(--style compact --warm_steps 60 --eval_every 0 --save_every 1)
 mkdir -p "$runs"
@@ -28,8 +27,8 @@ for seed in "${seeds[@]}"; do
         fi
         for memory in reflection swapped none; do
             [ $method = rl ] && [ $memory != none ] && continue
-            [ -f "$here/$key-$memory.json" ] && continue
-            python eval.py --model "$out" --memory $memory --json "$here/$key-$memory.json"
+            [ -f "results/$key-$memory.json" ] && continue
+            python eval.py --model "$out" --memory $memory --json "results/$key-$memory.json"
         done
     done
 done

@@ -6,8 +6,7 @@
 # results/lockbox-MODEL-gGAMMA-sSEED.json, and -swapped.json with another task's memory.
 set -euo pipefail
 model=$1 runs=$2 name=$(basename "$1")
-here=$(cd "$(dirname "$0")" && pwd)
-cd "$here/.."
+cd "$(dirname "$0")/.."
 flags=(--env lockbox --model "$model" --device cpu)
 [ "$model" = tiny ] || flags+=(--warm_steps 40)
 mkdir -p "$runs"
@@ -15,13 +14,13 @@ for seed in 0 1 2; do
     for gamma in 0.6 0; do
         key=lockbox-$name-g$gamma-s$seed
         out=$runs/$key
-        [ -f "$here/$key-swapped.json" ] && continue
+        [ -f "results/$key-swapped.json" ] && continue
         if ls -d "$out"/step_* >/dev/null 2>&1; then
             python train.py --resume "$out"
         else
             python train.py "${flags[@]}" --seed "$seed" --gamma_traj "$gamma" --out "$out"
         fi
-        python eval.py --model "$out" --json "$here/$key.json"
-        python eval.py --model "$out" --memory swapped --json "$here/$key-swapped.json"
+        python eval.py --model "$out" --json "results/$key.json"
+        python eval.py --model "$out" --memory swapped --json "results/$key-swapped.json"
     done
 done
