@@ -8,6 +8,7 @@ Measured is what the GPU's allocator gave out at most, or on a CPU what the proc
 
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -25,6 +26,7 @@ SHAPES = {  # (width, width of the MLP, layers, heads), as published
     "Qwen3-0.6B": (1024, 3072, 28, 16),
     "Qwen3-1.7B": (2048, 6144, 28, 16),
     "Qwen3-4B": (2560, 9728, 36, 32),
+    "small": (256, 768, 4, 8),  # to see the benchmarks work
 }
 VOCAB_SIZE = 151936
 
@@ -57,10 +59,12 @@ def make_model(shape: str, env: str, folder: str) -> None:
 def main(argv: list[str]) -> None:
     at = argv.index("--shape")
     shape, argv = argv[at + 1], argv[:at] + argv[at + 2 :]
+    if "--env" not in argv:
+        argv = [*argv, "--env", "sokoban"]
     given = train.parse_flags(train.Config, argv, __doc__)
     with tempfile.TemporaryDirectory() as folder:
-        make_model(shape, given.get("env", "sokoban"), folder)
-        given = dict(env="sokoban", dtype="bfloat16") | given
+        make_model(shape, given["env"], folder)
+        given = dict(dtype="bfloat16") | given
         config = train.make_config(**given | dict(model=folder, out=f"{folder}/run"))
         is_gpu = config.device.startswith("cuda")
         if is_gpu:
@@ -71,6 +75,7 @@ def main(argv: list[str]) -> None:
             torch.cuda.reset_peak_memory_stats()
         else:
             Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
+        begin = time.perf_counter()
         trial_ids = range(config.num_tasks * config.group_size)
         sampling = Sampling(config.seed, 0, config.temperature)
         seeds = train.task_seeds(config, trial_ids, 0)
@@ -78,6 +83,7 @@ def main(argv: list[str]) -> None:
         train.assign_credit(config, run.policy, trials)
         minibatches = train.deal_minibatches(config, trials, trial_ids, 0)
         lamer.update(run.policy, run.optimizer, minibatches, config, run.reference)
+        seconds = time.perf_counter() - begin
     measured = (train.peak_gb(config.device) if is_gpu else resident_gb("VmHWM")) - idle
     model = lamer.unwrap(run.policy).model
     plan = train.memory_plan(config, model.config, model.num_parameters(), 1)
@@ -85,7 +91,7 @@ def main(argv: list[str]) -> None:
     in_update = plan["gradients"] + plan["activations"]  # not there at the same time as the cache
     predicted = sum(plan.values()) - min(plan["cache"], in_update)
     num_turns = sum(len(trial.turns) for trial in trials)
-    print(f"{shape} {config.dtype}, {run.sampler.slots} slots, {num_turns} turns")
+    print(f"{shape} {config.dtype}, {run.sampler.slots} slots, {num_turns} turns, {seconds:.1f} s")
     parts = ", ".join(f"{name} {need:.2f}" for name, need in plan.items() if need)
     print(f"predicted GB: {parts}; at most at once {predicted:.2f}; measured {measured:.2f}")
 

@@ -4,9 +4,9 @@
     python bench/steps.py --tree OTHER --rounds 5          alternating with another checkout of it
 
 Imitation is timed from scratch, training from one policy of 200 steps of imitation, every round in
-processes of its own with one thread. `rl_rollout` is the time that RL on single episodes, the same
-policy and as many episodes a step, would take for as many reply tokens. Prints medians over the
-rounds, each run's first training step left out.
+processes of its own with one thread. `rl_rollout`, on MineSweeper, is the time that RL on single
+episodes, the same policy and as many episodes a step, takes for as many reply tokens. Prints
+medians over the rounds, each run's first training step left out.
 """
 
 import argparse
@@ -20,7 +20,6 @@ from statistics import median
 
 HERE = Path(__file__).resolve().parent.parent
 ENVS = ("lockbox", "minesweeper", "sokoban", "webshop", "alfworld")
-RL_GROUP = dict.fromkeys(ENVS, 24) | {"lockbox": 16}  # as many episodes as 8 trials have
 WARM_START = """
 import sys, time
 import train
@@ -47,21 +46,26 @@ def measure(tree: Path, env: str, policy: str) -> dict[str, float]:
         seconds = [python(tree, folder, "-c", WARM_START, env, steps) for steps in (5, 25)]
         short, long = (float(line.split()[0]) for line in seconds)
         flags = ["--env", env, "--model", policy, "--device", "cpu", "--eval_every", 0]
-        flags += ["--steps", 4]
-        logs = []
-        for name, more in (("meta", []), ("rl", ["--episodes", 1, "--group_size", RL_GROUP[env]])):
-            python(tree, folder, "train.py", *flags, *more, "--out", f"{folder}/{name}")
-            log = Path(folder, name, "metrics.jsonl").read_text()
-            logs.append([json.loads(line) for line in log.splitlines()][1:])
-    rows, of_rl = logs
-    rl_seconds = median(row["seconds"]["rollout"] / row["reply_tokens"] for row in of_rl)
-    return {
+        flags += ["--steps", 4, "--out"]
+        rows = train(tree, folder, [*flags, f"{folder}/meta"])
+        rl = [*flags, f"{folder}/rl", "--episodes", 1, "--group_size", 24]
+        rl_rows = train(tree, folder, rl) if env == "minesweeper" else []
+    row = {name: median(row["seconds"][name] for row in rows) for name in ("rollout", "update")}
+    row |= {
         "imitation": (long - short) / 20,
-        "rollout": median(row["seconds"]["rollout"] for row in rows),
-        "update": median(row["seconds"]["update"] for row in rows),
-        "rl_rollout": rl_seconds * median(row["reply_tokens"] for row in rows),
         "reply_tokens": median(row["reply_tokens"] for row in rows),
     }
+    if rl_rows:
+        a_token = median(each["seconds"]["rollout"] / each["reply_tokens"] for each in rl_rows)
+        row["rl_rollout"] = a_token * row["reply_tokens"]
+    return row
+
+
+def train(tree: Path, cache: str, flags: list[object]) -> list[dict]:
+    """The log of a run, without its first step."""
+    python(tree, cache, "train.py", *flags)
+    log = Path(flags[flags.index("--out") + 1], "metrics.jsonl").read_text()
+    return [json.loads(line) for line in log.splitlines()][1:]
 
 
 def main() -> None:

@@ -6,7 +6,7 @@
 Two settings: `paper`, Sokoban's prompts in full and mini-batches of 64 turns, at Qwen3's vocabulary
 with a small body; `tiny`, MineSweeper as the recipe has it. Turns are a scripted player's, their
 replies lengthened with random tokens to a share of all tokens. The plain update is what one writes
-first: rows padded to a rectangle, logits of all positions, one softmax; it is slow, so it gets 16
+first: rows padded to a rectangle, logits of all positions, one softmax; it is slow, so it gets 8
 turns of each mini-batch. Every measurement is a process of its own with one thread; all count the
 plain tokens, prompts and replies, of the same kind of mini-batches as training draws. Prints
 medians and ratios within the rounds.
@@ -112,7 +112,7 @@ def measure_here(kind: str, setting: str, share: float) -> None:
 
     config, model, minibatches = make_minibatches(setting, share)
     if kind == "plain":
-        minibatches = [minibatch[:16] for minibatch in minibatches]
+        minibatches = [minibatch[:8] for minibatch in minibatches]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
     turns = [turn for minibatch in minibatches for turn in minibatch]
     policy = lamer.Policy(model, model.config.vocab_size)
