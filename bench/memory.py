@@ -26,7 +26,7 @@ SHAPES = {  # (width, width of the MLP, layers, heads), as published
     "Qwen3-0.6B": (1024, 3072, 28, 16),
     "Qwen3-1.7B": (2048, 6144, 28, 16),
     "Qwen3-4B": (2560, 9728, 36, 32),
-    "small": (256, 768, 4, 8),  # to see the benchmarks work
+    "small": (128, 384, 3, 16),  # to see the benchmarks work
 }
 VOCAB_SIZE = 151936
 

@@ -98,7 +98,7 @@ def force_replies(trials: list[list[Turn]]) -> None:
         return np.array(tokens)
 
     def pick(logits: torch.Tensor, tokens: np.ndarray, sampling: Sampling):
-        tokens = torch.as_tensor(tokens)
+        tokens = torch.as_tensor(tokens, device=logits.device)
         return tokens, logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
 
     sampler.uniforms, sampler.pick_tokens = recorded, pick
