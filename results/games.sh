@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The games: meta-RL and RL of equal budget, both from one warm start; is the memory used?
-#   results/games.sh tiny FOLDER minesweeper 0 1 2       seeds; 25 minutes each on one core
+#   results/games.sh tiny FOLDER minesweeper 0 1 2       seeds; 20 minutes each on one core
 #   results/games.sh smollm2 FOLDER minesweeper 0        a model's folder (bench/smollm2.py)
 # FOLDER is where runs are kept. What is done is skipped, and a killed run goes on; the results are
 # results/ENV-MODEL-METHOD-sSEED-MEMORY.json, METHOD being warm, meta or rl.

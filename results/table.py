@@ -33,6 +33,13 @@ def read(name: str) -> dict[str, dict[str, np.ndarray]]:
     return found
 
 
+def success(by_seed: dict[str, np.ndarray]) -> str:
+    """Percent after each episode, and the least and the most after the last."""
+    shares = np.array([wins.mean(0) for wins in by_seed.values()]) * 100  # (seeds, episodes)
+    mean = " / ".join(f"{share:.0f}" for share in shares.mean(0))
+    return f"{mean} ({shares[:, -1].min():.0f}..{shares[:, -1].max():.0f})"
+
+
 def compare(ours: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> str:
     """The difference of two ways after their last episode, over the seeds that both have."""
     pairs = [ours[seed][:, -1] * 1.0 - other[seed][:, -1] for seed in ours if seed in other]
@@ -52,10 +59,7 @@ def main(argv: list[str]) -> None:
     if not found:
         sys.exit(f"table.py: there is no results/{argv[0]}-*.json")
     for way, by_seed in found.items():
-        success = np.array([wins.mean(0) for wins in by_seed.values()]) * 100  # (seeds, episodes)
-        shown = " / ".join(f"{share:.0f}" for share in success.mean(0))
-        least, most = success[:, -1].min(), success[:, -1].max()
-        print(f"{way:20s} {shown:14s} ({least:.0f}..{most:.0f}), {len(by_seed)} seeds")
+        print(f"{way:20s} {success(by_seed):28s} {len(by_seed)} seeds")
     method = argv[1] if len(argv) > 1 else "meta"
     pairs = [("reflection", "swapped"), ("reflection", "none"), ("swapped", "none")]
     pairs = [(f"{method}-{ours}", f"{method}-{other}") for ours, other in pairs]
