@@ -212,7 +212,8 @@ TINY_ENV_RECIPES = {
         steps=60, minibatch=128, max_prompt=256, env_options=dict(receptacles=8, objects=8)
     ),
 }
-# A model of the hub small enough for a CPU, after a warm start; found by trying (README)
+# A model of the hub small enough for a CPU, after a warm start; Lockbox's is found by trying
+# (README), the other games' are sizes to begin with.
 HUB_ON_CPU = dict(
     dtype="bfloat16",
     style="direct",

@@ -4,8 +4,12 @@
         "gamma_traj 0.6" runs/study/lockbox-tiny-g0.6-s* \\
         "gamma_traj 0" runs/study/lockbox-tiny-g0-s*
 
+    python results/plot.py results/minesweeper.svg --evals \\
+        "meta-RL" runs/study/minesweeper-tiny-meta-s* "RL" runs/study/minesweeper-tiny-rl-s*
+
 A name is followed by its runs, which differ in nothing but the seed: a panel each, with the mean
-over the runs as a line and their least and most as a band. Success is that of the training trials.
+over the runs as a line and their least and most as a band. Success is that of the training trials
+over five steps, with --evals that of the evaluations during training.
 """
 
 import json
@@ -19,21 +23,24 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 
-def read(run: Path) -> np.ndarray:
-    """Success after each episode (steps, episodes), averaged over five steps."""
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    success = np.array([json.loads(line)["success"] for line in lines])
-    window = min(5, len(success))
-    starts = range(len(success) - window + 1)
-    return np.array([success[start : start + window].mean(0) for start in starts])
+def read(run: Path, evals: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Steps (S,) and success after each episode (S, episodes)."""
+    lines = (run / ("evals.jsonl" if evals else "metrics.jsonl")).read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    steps, success = (np.array([row[name] for row in rows]) for name in ("step", "success"))
+    if evals:
+        return steps, success
+    window = min(5, len(rows))
+    means = [success[end - window : end].mean(0) for end in range(window, len(rows) + 1)]
+    return steps[window - 1 :], np.array(means)
 
 
 def main(argv: list[str]) -> None:
-    groups: dict[str, list[np.ndarray]] = {}
-    name = ""
-    for word in argv[1:]:
+    groups: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+    name, evals = "", "--evals" in argv
+    for word in [word for word in argv[1:] if word != "--evals"]:
         if Path(word, "metrics.jsonl").is_file():
-            groups.setdefault(name, []).append(read(Path(word)))
+            groups.setdefault(name, []).append(read(Path(word), evals))
         else:
             name = word
             groups[name] = []
@@ -42,12 +49,13 @@ def main(argv: list[str]) -> None:
     width = 3.6 * len(groups)
     figure, panels = plt.subplots(1, len(groups), sharey=True, squeeze=False, figsize=(width, 2.8))
     for panel, (name, runs) in zip(panels[0], groups.items(), strict=True):
-        steps = min(len(run) for run in runs)
-        success = 100 * np.array([run[:steps] for run in runs])  # (runs, steps, episodes)
+        count = min(len(steps) for steps, _ in runs)
+        steps = runs[0][0][:count]
+        success = 100 * np.array([run[:count] for _, run in runs])  # (runs, steps, episodes)
         for episode in range(success.shape[2]):
             band, color = success[:, :, episode], f"C{episode}"
-            panel.plot(band.mean(0), color=color, label=f"after episode {episode + 1}")
-            panel.fill_between(range(steps), band.min(0), band.max(0), color=color, alpha=0.2, lw=0)
+            panel.plot(steps, band.mean(0), color=color, label=f"after episode {episode + 1}")
+            panel.fill_between(steps, band.min(0), band.max(0), color=color, alpha=0.2, lw=0)
         panel.set(title=name, xlabel="training step", ylim=(-3, 103))
         panel.spines[["top", "right"]].set_visible(False)
     panels[0, 0].set_ylabel("success, %")
