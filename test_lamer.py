@@ -1702,6 +1702,15 @@ def test_a_prefix_tree_by_hand():
     assert len(rows(1)) == 3
 
 
+def test_a_tree_is_bounded_by_its_turns_and_the_models_width(tiny):
+    policy = learner(tiny)[1]
+    turns = [lamer.make_turn([1] * length, [2] * 10) for length in (290, 490)]
+    assert policy.most_nodes(turns) == 2 * 400 + 32
+    assert policy.most_nodes(turns[:0]) == policy.most_nodes([lamer.make_turn([1], [2])]) == 512
+    policy.takes_trees = False
+    assert policy.most_nodes(turns) == 0
+
+
 def test_trees_in_bf16_are_as_exact_as_rows(tiny, batch):
     """Gradients against those of fp32, one row at a time."""
 
