@@ -17,6 +17,7 @@ reflections does not. The last row of the table is the environment's scripted pl
 the most that can be won within the turn limit.
 """
 
+import hashlib
 import json
 import math
 import platform
@@ -159,6 +160,12 @@ def result(config: Config, trials: Sequence[Trial]) -> dict[str, Any]:
     return row
 
 
+def checksum(trials: Sequence[Trial]) -> str:
+    """Of the tasks, by what each shows at its start: equal where two results can be compared."""
+    shown = [[trial.seed, trial.task_key, trial.turns[0].observation] for trial in trials]
+    return hashlib.sha256(json.dumps(shown).encode()).hexdigest()[:16]
+
+
 def table_row(name: str, row: dict[str, Any]) -> str:
     """One line of the table for people."""
     cells = []
@@ -279,6 +286,7 @@ def main(argv: Sequence[str]) -> None:
         "measured": measured(config.device),
         **result(config, trials),
         "num_different_tasks": len({trial.task_key for trial in trials}),
+        "tasks_checksum": checksum(trials),
         "tasks": [
             {"seed": trial.seed, "key": trial.task_key, "won_in": trial.won_in} for trial in trials
         ],

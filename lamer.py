@@ -25,7 +25,7 @@ import os
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -538,12 +538,16 @@ def penalize_invalid(trials: Sequence[Trial], penalty: float, device: torch.devi
 
 
 @torch.no_grad()
-def compute_values(policy: "Policy", trials: Iterable[Trial], microbatch_tokens: int) -> None:
+def compute_values(policy: "Policy", trials: Iterable[Trial], config: Any) -> None:
     """Set `value` of every turn: what the value head sees in the state after its prompt."""
     turns = [turn for trial in trials for turn in trial.turns]
-    for batch in micro_batches(policy, turns, microbatch_tokens):
-        for turn, value in zip(batch, policy(batch).values.tolist(), strict=True):
-            turn.value = value
+
+    def set_values() -> None:
+        for batch in micro_batches(policy, turns, config.microbatch_tokens):
+            for turn, value in zip(batch, policy(batch).values.tolist(), strict=True):
+                turn.value = value
+
+    within_memory(policy, config, set_values)
 
 
 def ppo_advantages(
@@ -844,41 +848,61 @@ def update(
 ) -> dict[str, float]:
     """One pass of policy gradient, an optimizer step for every mini-batch; returns what to log.
 
-    `minibatches` holds this process' turns of each, maybe none. The loss is a sum over tokens
-    divided by the token count of the mini-batch over all processes, so neither micro-batches nor
-    the number of processes change the result. From `config`: clip, dual_clip, entropy_coef,
-    kl_coef (weight of the KL to the `reference`), grad_clip, microbatch_tokens.
+    `minibatches` holds this process' turns of each, maybe none. From `config`: clip, dual_clip,
+    entropy_coef, kl_coef (weight of the KL to the `reference`), grad_clip, microbatch_tokens.
     """
-    device, world = next(policy.parameters()).device, world_size()
+    device = next(policy.parameters()).device
     policy.train()
-    turns = [turn for minibatch in minibatches for turn in minibatch]
-    set_old_logps(policy, turns, config.microbatch_tokens)
-    sums, norms = torch.zeros(len(STATISTICS), dtype=torch.float64, device=device), []
-    for minibatch in minibatches:
-        num_tokens, num_turns = all_reduce_sum([count_tokens(minibatch), len(minibatch)], device)
-        if num_turns == 0:
+    set_old_logps(policy, list(chain.from_iterable(minibatches)), config)
+    rows: list[Tensor] = []  # a mini-batch each: tokens, turns, sums of the STATISTICS
+    norms: list[float] = []
+    for turns in minibatches:
+        counts = all_reduce_sum([count_tokens(turns), len(turns)], device)
+        if counts[0] == 0:
             continue
-        with all_or_none(device), local_gradients(policy):
-            for batch, is_flat in batches_by_gradient(policy, minibatch, config):
-                with torch.set_grad_enabled(not is_flat):
-                    logps, entropies, values = policy(batch, config.entropy_coef != 0)
-                    old_logps, advantages = per_token(batch, device)  # (T,), (T,)
-                    losses, is_clipped = clipped_loss(
-                        logps, old_logps, advantages, config.clip, config.dual_clip
-                    )
-                    ref_kls = kl_to_reference(logps, reference, batch)  # (T,)
-                    errors = value_errors(values, batch, device)  # (B,)
-                    loss = losses - config.entropy_coef * entropies + config.kl_coef * ref_kls
-                    loss = loss.sum() / num_tokens + errors.sum() / num_turns
-                if not is_flat:
-                    (loss * world).backward()  # DDP averages over processes; this is a sum
-                change = (logps.detach() - old_logps).clamp(-20, 20)
-                approx_kls = change.expm1() - change  # k3 of KL(old policy || policy)
-                logged = losses, entropies, is_clipped, approx_kls, ref_kls, errors
-                sums += torch.stack([each.detach().sum().double() for each in logged])
+        gradient = partial(add_gradient, policy, turns, *counts, config, reference)
+        rows.append(within_memory(policy, config, gradient))
         norms.append(optimizer_step(policy, optimizer, config.grad_clip))
     policy.eval()
-    return update_statistics(turns, sums.tolist(), norms, device)
+    return update_statistics(rows, norms, device)
+
+
+def add_gradient(
+    policy: Policy | DistributedDataParallel,
+    turns: Sequence[Turn],
+    num_tokens: float,
+    num_turns: float,
+    config: Any,
+    reference: Policy | None,
+) -> Tensor:
+    """Add the gradient of one mini-batch; returns its row of statistics, of this process' turns.
+
+    The loss is a sum over tokens divided by their number over all processes, so that neither
+    micro-batches nor the number of processes change the result.
+    """
+    device, world = next(policy.parameters()).device, world_size()
+    row = torch.zeros(2 + len(STATISTICS), dtype=torch.float64, device=device)
+    row[0], row[1] = count_tokens(turns), len(turns)
+    with local_gradients(policy):
+        for batch, is_flat in batches_by_gradient(policy, turns, config):
+            with torch.set_grad_enabled(not is_flat):
+                logps, entropies, values = policy(batch, config.entropy_coef != 0)
+                sampled, old_logps, advantages = per_token(batch, device)  # (T,) each
+                losses, is_clipped = clipped_loss(
+                    logps, old_logps, advantages, config.clip, config.dual_clip
+                )
+                ref_kls = kl_to_reference(logps, reference, batch)  # (T,)
+                errors = value_errors(values, batch, device)  # (B,)
+                loss = losses - config.entropy_coef * entropies + config.kl_coef * ref_kls
+                loss = loss.sum() / num_tokens + errors.sum() / num_turns
+            if not is_flat:
+                (loss * world).backward()  # DDP averages over processes; this is a sum
+            change = (logps.detach() - old_logps).clamp(-20, 20)
+            approx_kls = change.expm1() - change  # k3 of KL(old policy || policy)
+            gaps = (logps - sampled).abs()
+            logged = losses, entropies, is_clipped, approx_kls, ref_kls, errors, gaps
+            row[2:] += torch.stack([each.detach().sum().double() for each in logged])
+    return row
 
 
 def batches_by_gradient(
@@ -898,14 +922,15 @@ def batches_by_gradient(
         yield batch, True
 
 
-def per_token(turns: Iterable[Turn], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Old log-probabilities and advantages of all reply tokens: (T,), (T,).
+def per_token(turns: Iterable[Turn], device: torch.device) -> Tensor:
+    """Of all reply tokens sampled and old log-probabilities, and advantages: (3, T).
 
     Every token of a reply carries its turn's advantage.
     """
+    sampled = [logp for turn in turns for logp in turn.logps]
     old_logps = [logp for turn in turns for logp in turn.old_logps]
     advantages = [turn.advantage for turn in turns for _ in turn.reply_ids]
-    return torch.tensor(old_logps, device=device), torch.tensor(advantages, device=device)
+    return torch.tensor([sampled, old_logps, advantages], device=device)
 
 
 def kl_to_reference(logps: Tensor, reference: Policy | None, turns: Sequence[Turn]) -> Tensor:
@@ -926,42 +951,71 @@ def value_errors(values: Tensor | None, turns: Sequence[Turn], device: torch.dev
 
 
 STATISTICS = ("loss", "entropy", "clip_fraction", "approx_kl", "ref_kl", "value_loss")
+STATISTICS += ("sampler_gap",)
 
 
 def update_statistics(
-    turns: Sequence[Turn], sums: Sequence[float], norms: Sequence[float], device: torch.device
+    rows: Sequence[Tensor], norms: Sequence[float], device: torch.device
 ) -> dict[str, float]:
-    """Means over the tokens (value_loss: the turns) of all processes, from this one's sums.
+    """Means over the tokens (value_loss: the turns) of all processes, from this one's rows.
 
-    sampler_gap: how far the old log-probabilities are from the sampled ones, in bf16.
+    sampler_gap: how far the log-probabilities are from the sampled ones, before the first step.
     """
-    pairs = [pair for turn in turns for pair in zip(turn.logps, turn.old_logps, strict=True)]
-    gap = sum(abs(sampled - old) for sampled, old in pairs)
-    counts = [count_tokens(turns), len(turns)]
-    num_tokens, num_turns, gap, *sums = all_reduce_sum([*counts, gap, *sums], device)
-    stats = {name: total / num_tokens for name, total in zip(STATISTICS, sums, strict=True)}
-    stats["value_loss"] = sums[-1] / num_turns
-    stats["sampler_gap"] = gap / num_tokens
+    flat = all_reduce_sum(torch.stack(rows).flatten().tolist(), device)
+    table = np.array(flat).reshape(len(rows), -1)  # (mini-batches, 2 + statistics)
+    (num_tokens, num_turns), sums = table[:, :2].sum(0), table[:, 2:].sum(0)
+    stats = dict(zip(STATISTICS, (sums / num_tokens).tolist(), strict=True))
+    stats["value_loss"] *= num_tokens / num_turns
+    stats["sampler_gap"] = table[0, -1] / table[0, 0]
     finite = [norm for norm in norms if math.isfinite(norm)]
     stats["grad_norm"] = sum(finite) / max(1, len(finite))
     return stats | {"updates": len(finite), "skipped": len(norms) - len(finite)}
 
 
-@torch.no_grad()
-def set_old_logps(policy: Any, turns: Sequence[Turn], microbatch_tokens: int) -> None:
+def set_old_logps(policy: Any, turns: Sequence[Turn], config: Any) -> None:
     """Set `old_logps` of every turn, what ratios are measured against.
 
     In fp32 they are the sampled ones. In bf16 sampler and trainer round differently, and a ratio
     must begin at 1: there they are the trainer's, before the update.
     """
-    if not unwrap(policy).bf16:
-        for turn in turns:
-            turn.old_logps = turn.logps
+    if unwrap(policy).bf16:
+        score(policy, turns, config)
         return
-    for batch in micro_batches(policy, turns, microbatch_tokens):
-        logps = policy(batch).logps.split([len(turn.reply_ids) for turn in batch])
-        for turn, new in zip(batch, logps, strict=True):
-            turn.old_logps = new.tolist()
+    for turn in turns:
+        turn.old_logps = turn.logps
+
+
+@torch.no_grad()
+def score(policy: Any, turns: Sequence[Turn], config: Any) -> None:
+    """Set `old_logps` of every turn to what the policy gives its reply tokens."""
+
+    def set_logps() -> None:
+        for batch in micro_batches(policy, turns, config.microbatch_tokens):
+            logps = policy(batch).logps.split([len(turn.reply_ids) for turn in batch])
+            for turn, new in zip(batch, logps, strict=True):
+                turn.old_logps = new.tolist()
+
+    within_memory(policy, config, set_logps)
+
+
+def prompt_gap(policy: Any, trials: Sequence[Trial], config: Any) -> float | None:
+    """How much likelier a reply is after its own prompt than after another task's, in nats.
+
+    The mean over the last turns of all trials, which have the most to go by. Near 0 the policy no
+    longer reads. None where all their prompts are alike.
+    """
+    last = [trial.turns[-1] for trial in trials]
+    own, swapped = [], []
+    for i, turn in enumerate(last):
+        others = (each.prompt_ids for each in last[i + 1 :] + last[:i])
+        other = next((ids for ids in others if ids != turn.prompt_ids), None)
+        if other is not None:
+            own.append(make_turn(turn.prompt_ids, turn.reply_ids))
+            swapped.append(make_turn(other, turn.reply_ids))
+    score(policy, own + swapped, config)
+    totals = [sum(sum(turn.old_logps) for turn in turns) for turns in (own, swapped)]
+    num_turns, with_own, with_other = all_reduce_sum([len(own), *totals], config.device)
+    return (with_own - with_other) / num_turns if num_turns else None
 
 
 def optimizer_step(policy: Any, optimizer: torch.optim.Optimizer, max_norm: float) -> float:
@@ -980,9 +1034,13 @@ def optimizer_step(policy: Any, optimizer: torch.optim.Optimizer, max_norm: floa
         norm = norm if head_norm.isfinite() else math.inf
     if math.isfinite(norm):
         optimizer.step()
-    # With DDP gradients are views into its buckets; None would make a second copy of them.
-    optimizer.zero_grad(set_to_none=not isinstance(policy, DistributedDataParallel))
+    clear_gradients(policy)
     return norm
+
+
+def clear_gradients(policy: Any) -> None:
+    """With DDP gradients are views into its buckets; None would make a second copy of them."""
+    policy.zero_grad(set_to_none=not isinstance(policy, DistributedDataParallel))
 
 
 def synchronize(policy: Any) -> None:
@@ -1004,17 +1062,31 @@ def local_gradients(policy: Any) -> Any:
     return policy.no_sync() if isinstance(policy, DistributedDataParallel) else nullcontext()
 
 
-@contextmanager
-def all_or_none(device: torch.device) -> Iterator[None]:
-    """If one process runs out of memory in this block, all of them stop; none waits for it."""
-    problem = None
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        problem = error
-    [num_failed] = all_reduce_sum([0.0 if problem is None else 1.0], device)
-    if num_failed:
-        raise problem or torch.OutOfMemoryError("another process ran out of memory")
+LEAST_MICROBATCH = 256  # tokens; what needs more memory than that has no room to train
+
+
+def within_memory(policy: Any, config: Any, compute: Callable[[], Any]) -> Any:
+    """What `compute()` returns; where memory runs out, again with half the micro-batches.
+
+    All processes call it and, if one runs out, all begin anew, without gradients, so that they
+    stay alike and none waits for another. The smaller `microbatch_tokens` stays in the config.
+    """
+    while True:
+        result, problem = None, ""
+        try:
+            result = compute()
+        except torch.OutOfMemoryError as error:
+            problem = f"{error}" or "?"  # the error itself keeps tensors alive
+        [num_failed] = all_reduce_sum([1.0 if problem else 0.0], config.device)
+        if not num_failed:
+            return result
+        if config.microbatch_tokens // 2 < LEAST_MICROBATCH:
+            raise torch.OutOfMemoryError(problem or "another process ran out of memory")
+        config.microbatch_tokens //= 2
+        clear_gradients(policy)
+        if config.device == "cuda":
+            torch.cuda.empty_cache()
+        print0(f"out of memory: going on with --microbatch_tokens {config.microbatch_tokens}")
 
 
 def unwrap(policy: Policy | DistributedDataParallel) -> Policy:

@@ -65,20 +65,26 @@ def load_policy(name: str, dtype: torch.dtype, device: str) -> tuple[Any, Chat]:
         for file in saved.get("files", []):
             if not Path(name, file).is_file():
                 raise ValueError(f"{file} is missing")
-        shape = AutoConfig.from_pretrained(name)
+        # A model's own code is never run, and pickled weights, which can hold some, never read.
+        shape = AutoConfig.from_pretrained(name, trust_remote_code=False)
         # Dropout would make the policy that is trained another than the one that is sampled.
         for key, value in vars(shape).items():
             if isinstance(value, float) and ("dropout" in key or key.endswith("pdrop")):
                 setattr(shape, key, 0.0)
         model, found = AutoModelForCausalLM.from_pretrained(
-            name, config=shape, dtype=dtype, output_loading_info=True
+            name,
+            config=shape,
+            dtype=dtype,
+            output_loading_info=True,
+            use_safetensors=True,
+            trust_remote_code=False,
         )
         # transformers fills in random values for what is missing, and only warns.
         for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if found[problem]:
                 raise ValueError(f"{problem.replace('_', ' ')}: {sorted(found[problem])[0]}")
         model = model.to(device).eval()
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         if not tokenizer.encode("a", add_special_tokens=False):  # transformers makes an empty one
             raise ValueError("there is no tokenizer")
         check_logits(model)

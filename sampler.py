@@ -19,6 +19,7 @@ import bisect
 import inspect
 import math
 import re
+import sys
 from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -631,22 +632,32 @@ def rollout(
     """Play one trial for each seed; `trial_ids` number them for the random draws.
 
     From `config`: env and env_options, episodes, memory, style, max_prompt. `borrowed` holds, for
-    every trial, the memory of another one to be used in the place of its own.
+    every trial, the memory of another one to be used in the place of its own. Where memory runs
+    out, all begins anew with half the rows: draws are keyed, so the same trials come out.
     """
-    trials = []
-    for i, seed in enumerate(seeds):
-        trial = run_trial(
-            make_env(config.env, **config.env_options),
-            seed,
-            config.episodes,
-            sampler.chat,
-            memory=config.memory,
-            style=config.style,
-            max_prompt=config.max_prompt,
-            borrowed=None if borrowed is None else borrowed[i],
-        )
-        trials.append(trial)
-    return sampler.run(trials, trial_ids, sampling)
+    while True:
+        trials = []
+        for i, seed in enumerate(seeds):
+            trial = run_trial(
+                make_env(config.env, **config.env_options),
+                seed,
+                config.episodes,
+                sampler.chat,
+                memory=config.memory,
+                style=config.style,
+                max_prompt=config.max_prompt,
+                borrowed=None if borrowed is None else borrowed[i],
+            )
+            trials.append(trial)
+        try:
+            return sampler.run(trials, trial_ids, sampling)
+        except torch.OutOfMemoryError:
+            if sampler.slots == 1:
+                raise
+        sampler.slots = min(sampler.slots, len(trials)) // 2 or 1
+        if config.device == "cuda":
+            torch.cuda.empty_cache()
+        print(f"out of memory: going on with --slots {sampler.slots}", file=sys.stderr)
 
 
 def summarize(trials: Sequence[Trial], config: Any) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import copy
 import ctypes
 import functools
 import gc
+import itertools
 import json
 import math
 import os
@@ -500,7 +501,7 @@ def test_the_share_without_advantage_by_hand():
     trials[0].turns[0].is_valid = False  # a penalty is no signal of the group
     shares = train.assign_credit(config, None, trials)
     # first episodes: 5, 5.95 and 3.4, 5 with no turn at its trials' mean; 3 of 7 turns are the same
-    assert shares == {"play 1": 3 / 7, "reflect 1": 3 / 5, "play 2": 3 / 5}
+    assert shares == {"play 1": 3 / 7, "reflect 1": 3 / 5, "play 2": 3 / 5, "groups": 1 / 2}
 
 
 def test_clipped_loss_by_hand():
@@ -648,6 +649,21 @@ def test_tasks_are_the_same_on_every_machine(name, checksum):
         env.reset(seed)
         keys.append(env.task_key())
     assert zlib.crc32(" ".join(keys).encode()) == checksum, "other tasks than the README's"
+
+
+def test_tasks_do_not_depend_on_the_process(monkeypatch):
+    """In particular not on Python's hashes, which are salted anew in each."""
+    code = (
+        "from envs import ENVS, make_env\n"
+        "for name in ENVS:\n"
+        "    env = make_env(name)\n"
+        "    print([(env.reset(seed), env.task_key(), env.actions()) for seed in range(20)])"
+    )
+    texts = set()
+    for salt in ("0", "1"):
+        monkeypatch.setenv("PYTHONHASHSEED", salt)
+        texts.add(run("-c", code))
+    assert len(texts) == 1 and all(text.count("\n[") == len(ENVS) - 1 for text in texts)
 
 
 @pytest.mark.parametrize(("name", "options"), [("minesweeper", dict(size=12)), ("sokoban", {})])
@@ -1717,7 +1733,7 @@ def test_trees_in_bf16_are_as_exact_as_rows(tiny, batch):
     def gradient(dtype, tokens):
         policy, turns = learner(tiny, dtype=dtype)[1], turns_of(batch[:8])
         for part in lamer.micro_batches(policy, turns, tokens):
-            advantages = lamer.per_token(part, "cpu")[1]
+            advantages = lamer.per_token(part, "cpu")[2]
             (policy(part).logps * advantages).sum().backward()
         return torch.cat([weight.grad.flatten() for weight in policy.parameters()])
 
@@ -1852,6 +1868,125 @@ def test_update_adds_entropy_kl_and_value_terms(tiny, batch):
     assert stats["entropy"] == pytest.approx(entropy.item() / count, rel=1e-4)
     assert stats["ref_kl"] == pytest.approx(kl.item() / count, rel=1e-4)
     assert stats["value_loss"] == pytest.approx(error.item() / len(turns), rel=1e-4)
+
+
+def test_an_update_that_runs_out_of_memory_goes_on_with_smaller_batches(tiny, batch, capsys):
+    def updated(most_nodes, **options):
+        config, policy, optimizer = learner(tiny, microbatch_tokens=1200, **options)
+        forward = policy.forward
+
+        def bounded(turns, *args):
+            if len(lamer.prefix_tree([turn.token_ids() for turn in turns]).ids) > most_nodes:
+                raise torch.OutOfMemoryError("no memory")
+            return forward(turns, *args)
+
+        policy.forward = bounded
+        stats = update(config, policy, optimizer, copy.deepcopy(batch))
+        return stats, policy.state_dict(), config.microbatch_tokens
+
+    for dtype in ("float32", "bfloat16"):  # the latter also scores before it updates
+        stats, weights, _ = updated(10**6, dtype=dtype)
+        same_stats, same_weights, tokens = updated(300, dtype=dtype)
+        assert tokens == 300
+        assert same_stats["loss"] == pytest.approx(stats["loss"], abs=1e-3)
+        assert dtype == "bfloat16" or largest_gap(weights, same_weights) < 1e-5
+        said = [line for line in capsys.readouterr().err.splitlines() if "out of memory" in line]
+        assert [line.split()[-1] for line in said] == ["600", "300"]
+    with pytest.raises(torch.OutOfMemoryError, match="no memory"):
+        updated(100)
+
+
+def test_a_rollout_that_runs_out_of_memory_begins_anew_with_fewer_rows(tiny, played, capsys):
+    player = make_player(tiny, slots=24)
+    run, asked = player.run, []
+
+    def bounded(*args):
+        asked.append(player.slots)
+        if player.slots > 6:
+            next(args[0][0])  # a trial has begun
+            raise torch.OutOfMemoryError("no memory")
+        return run(*args)
+
+    player.run = bounded
+    seeds, ids = [trial.seed for trial in played], range(len(played))
+    trials = sampler.rollout(tiny[0], player, seeds, ids, SEED_3)
+    assert asked == [24, 12, 6] and "--slots 6" in capsys.readouterr().err
+    assert replies_of(trials) == replies_of(played)
+    player.run = fail(torch.OutOfMemoryError("no memory"))
+    with pytest.raises(torch.OutOfMemoryError):
+        sampler.rollout(tiny[0], player, seeds, ids, SEED_3)
+    assert player.slots == 1
+
+
+class Reader:
+    """Scores replies by how many of their tokens the prompt holds, or without a look at it."""
+
+    bf16 = False
+
+    def __init__(self, reads):
+        self.reads = reads
+
+    def most_nodes(self, turns):
+        return 10**6
+
+    def __call__(self, turns):
+        found = [
+            float(self.reads and token in turn.prompt_ids)
+            for turn in turns
+            for token in turn.reply_ids
+        ]
+        return SimpleNamespace(logps=torch.tensor(found) - 2)
+
+
+def test_the_gap_of_prompts_by_hand():
+    def trial_of(*turns):
+        return Trial(0, 1, turns=[lamer.make_turn(*ids) for ids in turns])
+
+    trials = [
+        trial_of(([9], [9]), ([1, 2], [1, 2, 5])),  # 2 of its own prompt, 1 of the next other
+        trial_of(([1, 2], [1])),  # as the first: 1 and 0
+        trial_of(([2, 3], [3, 3])),  # 2 and 0
+    ]
+    config = train.Config(device="cpu")
+    assert lamer.prompt_gap(Reader(True), trials, config) == pytest.approx((1 + 1 + 2) / 3)
+    assert lamer.prompt_gap(Reader(False), trials, config) == 0
+    assert lamer.prompt_gap(Reader(True), trials[:2], config) is None, "prompts are all alike"
+
+
+def test_what_goes_wrong_is_said_once(capsys):
+    good = dict(valid=0.99, shortened=1, turns=100, entropy=0.2, success=[0.1, 0.2])
+    good |= dict(prompt_gap=0.5, sampler_gap=0.01)
+    bad = dict(valid=0.3, shortened=20, entropy=0.001, prompt_gap=0.01, sampler_gap=0.2)
+    assert bad.keys() == train.WARNINGS.keys()
+    for name, value in bad.items():
+        said = set()
+        train.warn(good | {"step": 1}, said)
+        assert not capsys.readouterr().err
+        for step in (2, 3):
+            train.warn(good | {"step": step, name: value}, said)
+        [line] = capsys.readouterr().err.strip().splitlines()
+        assert line.startswith(f"warning: step 2: {name} {value:.3g}: ") and "--" in line
+    train.warn(good | {"step": 1, "entropy": 0.0, "success": [0.1, 0.95]}, set())
+    train.warn(good | {"step": 1, "prompt_gap": None}, set())
+    train.warn({"step": 1, "valid": 0.9}, set())
+    assert not capsys.readouterr().err, "a policy that wins need not vary"
+
+
+def test_a_run_without_finite_gradients_stops(finished_run, tmp_path, monkeypatch):
+    checkpoint = finished_run / "step_000002"
+    clipped_loss = lamer.clipped_loss
+
+    def broken(*args):
+        losses, is_clipped = clipped_loss(*args)
+        return losses * math.nan, is_clipped
+
+    monkeypatch.setattr(lamer, "clipped_loss", broken)
+    with pytest.raises(SystemExit, match="no finite gradient in 3 steps: lower --lr"):
+        train.main(["--resume", str(checkpoint), "--out", str(tmp_path), "--steps", "9"])
+    log = rows(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in log] == [1, 2, 3, 4, 5]
+    assert all(row["updates"] == 0 < row["skipped"] for row in log[2:])
+    assert log[2]["loss"] is None, "JSON has no NaN"
 
 
 def test_a_broken_step_does_not_reach_the_weights(tiny, batch):
@@ -1998,8 +2133,20 @@ def failing_save(config, run, rank, step):
     return str(error.value)
 
 
+def no_memory_at(call, compute):
+    """A function that runs out of memory when called for the `call`-th time."""
+    calls = itertools.count(1)
+
+    def computing(*args, **kwargs):
+        if next(calls) == call:
+            raise torch.OutOfMemoryError("no memory")
+        return compute(*args, **kwargs)
+
+    return computing
+
+
 def out_of_memory(config, run, minibatches):
-    """What update raises on this process when a pass runs out of memory on process 1."""
+    """What update raises on this process when every pass runs out of memory on process 1."""
     with pytest.MonkeyPatch.context() as patch:
         if run.rank == 1:
             patch.setattr(lamer, "clipped_loss", fail(torch.OutOfMemoryError("no memory")))
@@ -2015,10 +2162,24 @@ def one_of_two(rank, config, trials, port):
     folder = Path(config.out)
     if rank == 1:  # as if it had found another number free
         config.out = f"{config.out}-2"
+    loads, load_policy = [], train.load_policy
+
+    def timed(*args):
+        begin = time.monotonic()
+        loaded = load_policy(*args)
+        time.sleep(0.2)
+        loads.append((begin, time.monotonic()))
+        return loaded
+
+    train.load_policy = timed
     run = train.start_run(config)
     minibatches = [shares[rank] for shares in dealt(trials)]
     found = dict(out=config.out, optimizer=type(run.optimizer), policy=type(run.policy))
-    found["stats"] = lamer.update(run.policy, run.optimizer, minibatches, config, run.reference)
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 1:  # in the midst of the first mini-batch
+            patch.setattr(lamer, "clipped_loss", no_memory_at(2, lamer.clipped_loss))
+        found["stats"] = lamer.update(run.policy, run.optimizer, minibatches, config, run.reference)
+    found |= dict(tokens=config.microbatch_tokens, loads=loads)
     policy = lamer.unwrap(run.policy)
     found["owned"] = [*train.own_moments(policy, run.optimizer)]
     found["weights"] = {name: value.clone() for name, value in policy.state_dict().items()}
@@ -2039,7 +2200,7 @@ def contents_of(folder):
 
 
 PAIR = TINY | dict(estimator="ppo", kl_coef=0.5, entropy_coef=0.01, lr=1e-3, keep=1)
-PAIR |= dict(microbatch_tokens=400, grad_checkpoint=True)
+PAIR |= dict(microbatch_tokens=800, grad_checkpoint=True)
 
 
 @pytest.fixture(scope="session")
@@ -2076,14 +2237,24 @@ def free_port():
 
 
 def test_two_processes_make_the_update_of_one(pair):
-    """With uneven work and none, and the KL, the entropy and a value head in the loss."""
+    """With uneven work and none, and the KL, the entropy and a value head in the loss.
+
+    And with a process that once runs out of memory: both go on with half the micro-batches.
+    """
     first, second, (stats, one), _ = pair
+    assert first["tokens"] == second["tokens"] == 400
     assert first["policy"] is torch.nn.parallel.DistributedDataParallel
     assert largest_gap(first["weights"], second["weights"]) == 0
     assert largest_gap(first["weights"], one.policy.state_dict()) < 1e-5
     assert stats["updates"] == 4 and stats["ref_kl"] > 0 < stats["value_loss"]
     for found in (first, second):
         assert found["stats"] == pytest.approx(stats, rel=1e-4, abs=1e-7)
+
+
+def test_a_model_is_loaded_by_one_process_after_another(pair):
+    loads = sorted(pair[0]["loads"] + pair[1]["loads"])
+    assert len(loads) == 4, "the policy and the reference, by each"
+    assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(loads))
 
 
 def test_the_moments_are_divided_among_processes(pair):
@@ -2484,7 +2655,7 @@ def test_a_run_does_what_its_options_say(tiny, tmp_path, monkeypatch):
     game = dict(env="minesweeper", env_options=dict(size=4, mines=1, turns=3))
     trial = SimpleNamespace(**game, episodes=2, memory="both", style="compact", max_prompt=80)
     learning = dict(clip=0.05, dual_clip=1.1, entropy_coef=0.01, kl_coef=0.1, grad_clip=0.3)
-    learning = SimpleNamespace(**learning, microbatch_tokens=700)
+    learning = SimpleNamespace(**learning, microbatch_tokens=700, device="cpu")
     dealing = SimpleNamespace(seed=5, group_size=3, minibatch=30, device="cpu")
     log = rows(out / "metrics.jsonl")
     for step in (0, 1):
@@ -2720,8 +2891,9 @@ def test_training_evaluates_on_tasks_of_its_own(tiny):
     options = TINY | dict(env_options={"turns": 3}, eval_tasks=6)
     config = train.make_config(**options, episodes=1, memory="reflection")
     player = make_player(tiny, slots=6)
-    run = train.Run(None, None, player, reference=None, rank=0, world=1)
+    run = train.Run(learner(tiny)[1], None, player, reference=None, rank=0, world=1)
     row, trials = train.evaluate(config, run, step=7)
+    assert row["prompt_gap"] == lamer.prompt_gap(run.policy, trials, config)
     assert (row["step"], row["num_tasks"], len(row["success"])) == (7, 6, 3)
     seeds = [EVAL_SEED + i for i in range(6)]
     assert [trial.seed for trial in trials] == seeds
@@ -2830,6 +3002,9 @@ MISTAKES = [
     ("train.py --model {short} --env minesweeper", "missing keys: model.layers.1"),
     ("train.py --env lockbox --lr nan", "--lr must be a finite number"),
     ("train.py --env lockbox --lr inf", "--lr must be a finite number"),
+    ("train.py --env lockbox --lr 1e38", "--lr must be at most 1"),
+    ("train.py --env lockbox --model {pickled}", "model.safetensors"),
+    ("train.py --env lockbox --model {foreign}", "cannot be loaded"),
     ("train.py --env lockbox --gamma_traj 1.5", "--gamma_traj must be at most 1"),
     ("train.py --env lockbox --grad_clip -1", "--grad_clip must be above 0"),
     ("train.py --env lockbox --clip 0", "--clip must be above 0"),
@@ -2897,11 +3072,18 @@ def test_mistakes_end_in_one_clear_line(finished_run, tmp_path, monkeypatch):
     places |= dict(empty=tmp_path / "empty", broken=broken, game=tmp_path / "game.py")
     places |= dict(short=short, bad=tmp_path / "bad.py")
     (tmp_path / "bad.py").write_text(BAD_GAMES)
-    for name in ("untold", "half"):
+    for name in ("untold", "half", "pickled", "foreign"):
         places[name] = shutil.copytree(checkpoint, tmp_path / name)
     for file in places["untold"].glob("token*"):
         file.unlink()
     (places["half"] / "lamer.json").write_text('{"step": 4, "conf')
+    weights = places["pickled"] / "model.safetensors"
+    torch.save(load_file(weights), weights.with_name("pytorch_model.bin"))
+    weights.unlink()
+    shape = json.loads((places["foreign"] / "config.json").read_text())
+    shape |= dict(model_type="own", auto_map={"AutoConfig": "own.Own"})
+    (places["foreign"] / "config.json").write_text(json.dumps(shape))
+    (places["foreign"] / "own.py").write_text("import os\nos._exit(7)")
     for name in ("cut", "old", "gone"):
         places[name] = shutil.copytree(finished_run, tmp_path / name)
     moments = places["cut"] / "step_000004" / "optimizer_0.pt"

@@ -72,6 +72,7 @@ from policy import (
     warm_policy,
 )
 from sampler import (
+    Chat,
     ContinuousSampler,
     GenerateSampler,
     Sampling,
@@ -138,8 +139,8 @@ class Config:
         0.5, "taken from the advantage of a reply that cannot be parsed", least=0
     )
     # the update
-    lr: float = option(1e-6, "learning rate", least=0)
-    value_lr: float = option(1e-3, "ppo: learning rate of the value head", least=0)
+    lr: float = option(1e-6, "learning rate", least=0, most=1)
+    value_lr: float = option(1e-3, "ppo: learning rate of the value head", least=0, most=1)
     clip: float = option(0.2, "range of the probability ratio", above=0)
     dual_clip: float = option(0.0, "bound on the loss of tokens with negative advantage; 0: none")
     entropy_coef: float = option(0.0, "weight of the entropy in the objective", least=0)
@@ -166,7 +167,7 @@ class Config:
     # the warm start, and the tiny policy
     warm_steps: int = option(0, "steps of imitating a scripted player, before RL", least=0)
     warm_batch: int = option(32, "turns per step of imitation", least=1)
-    warm_lr: float = option(1e-4, "peak learning rate of imitation", above=0)
+    warm_lr: float = option(1e-4, "peak learning rate of imitation", above=0, most=1)
     warm_episodes: int = option(3, "episodes per imitated trial, if --episodes is less", least=1)
     tiny_hidden: int = option(128, "width", least=8)
     tiny_layers: int = option(4, "depth", least=1)
@@ -528,7 +529,7 @@ def start_run(config: Config) -> Run:
     source = config.resume or start  # of a resumed run its checkpoint
 
     is_bf16 = config.dtype == "bfloat16"
-    model, chat = load_policy(source, torch.float32, config.device)
+    model, chat = load_in_turn(source, torch.float32, config.device)
     sampling_model = half_copy(model) if is_bf16 else model
     if config.grad_checkpoint:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -540,7 +541,7 @@ def start_run(config: Config) -> Run:
         load_moments(policy, optimizer, Path(source))
     reference = None
     if config.kl_coef:
-        frozen, _ = load_policy(start, getattr(torch, config.dtype), config.device)
+        frozen, _ = load_in_turn(start, getattr(torch, config.dtype), config.device)
         reference = Policy(frozen, chat.vocab_size, config.temperature, is_bf16).eval()
     if world > 1:
         # Rotary frequencies are buffers: without the first flag every forward would broadcast them.
@@ -587,6 +588,16 @@ def start_processes(config: Config) -> tuple[int, int]:
         dist.broadcast_object_list(shared)
         config.out = shared[0]
     return rank, world
+
+
+def load_in_turn(name: str, dtype: torch.dtype, device: str) -> tuple[Any, Chat]:
+    """load_policy, one process after another: on its way to the GPUs a model is in RAM once."""
+    for rank in range(world_size()):
+        if world_size() == 1 or rank == dist.get_rank():
+            loaded = load_policy(name, dtype, device)
+        if world_size() > 1:
+            dist.barrier()
+    return loaded
 
 
 def half_copy(model: Any) -> Any:
@@ -820,14 +831,13 @@ def assign_credit(config: Config, policy: Policy, trials: Sequence[Trial]) -> di
     """Returns across episodes (eq. 2 and 3), then advantages (eq. 4); returns `zero_shares`."""
     discounts = config.gamma_step, config.gamma_traj
     lamer.compute_returns(trials, config.credit, *discounts, config.reward)
-    size = config.group_size
-    groups = [trials[i : i + size] for i in range(0, len(trials), size)]
+    groups = in_groups(config, trials)
     how = config.estimator, config.advantage_norm, config.step_weight
     if config.preset == "official":
         lamer.official_advantages(groups, *how, config.invalid_penalty, config.reward)
         return zero_shares(config, trials)
     if config.estimator == "ppo":
-        lamer.compute_values(policy, trials, config.microbatch_tokens)
+        lamer.compute_values(policy, trials, config)
         lamer.ppo_advantages(trials, *discounts, config.gae_lambda)
     else:
         lamer.compute_advantages(groups, *how)
@@ -836,21 +846,31 @@ def assign_credit(config: Config, policy: Policy, trials: Sequence[Trial]) -> di
     return shares
 
 
+def in_groups(config: Config, trials: Sequence[Trial]) -> list[Sequence[Trial]]:
+    """The trials task by task."""
+    size = config.group_size
+    return [trials[i : i + size] for i in range(0, len(trials), size)]
+
+
 def zero_shares(config: Config, trials: Sequence[Trial]) -> dict[str, float]:
     """By phase and episode, the share of turns whose advantage is exactly 0, but for penalties.
 
     They teach nothing: all trials of the task did equally well there. Near 1, tasks are too easy
-    or too hard, or the policy no longer varies.
+    or too hard, or the policy no longer varies. "groups" is the share of tasks with no other turn.
     """
     names = [f"{phase} {n + 1}" for n in range(config.episodes) for phase in ("play", "reflect")]
-    counts = {name: [0, 0] for name in names}  # zeros, turns
+    counts = {name: [0, 0] for name in (*names, "groups")}  # zeros, of how many
     for turn in [turn for trial in trials for turn in trial.turns]:
         count = counts[f"{turn.phase} {turn.episode + 1}"]
         count[0] += 1 if turn.advantage == 0 else 0
         count[1] += 1
+    for group in in_groups(config, trials):
+        is_flat = all(turn.advantage == 0 for trial in group for turn in trial.turns)
+        counts["groups"][0] += is_flat
+        counts["groups"][1] += 1
     sums = all_reduce_sum([number for pair in counts.values() for number in pair], config.device)
-    pairs = zip(names, sums[::2], sums[1::2], strict=True)
-    return {name: zeros / num_turns for name, zeros, num_turns in pairs if num_turns}
+    pairs = zip(counts, sums[::2], sums[1::2], strict=True)
+    return {name: zeros / num for name, zeros, num in pairs if num}
 
 
 MINIBATCH_DRAW = 1 << 40  # in the place of a turn's number: the draw of a trial's mini-batch
@@ -893,7 +913,47 @@ def evaluate(config: Config, run: Run, step: int) -> tuple[dict[str, Any], list[
     sampling = eval_sampling(config, seed=config.seed, step=EVAL_DRAWS + step)
     seeds = [EVAL_SEED + i for i in trial_ids]
     trials = rollout(config, run.sampler, seeds, trial_ids, sampling)
-    return {"step": step, "num_tasks": num_tasks, **summarize(trials, config)}, trials
+    result = {"step": step, "num_tasks": num_tasks, **summarize(trials, config)}
+    return result | {"prompt_gap": lamer.prompt_gap(run.policy, trials, config)}, trials
+
+
+# ------------------------------------------------------------------- what may be going wrong
+
+# For a quantity of metrics.jsonl or evals.jsonl: when it is bad in its row, and what to say then.
+WARNINGS = {
+    "valid": (
+        lambda row: row["valid"] < 0.5,
+        "most replies cannot be parsed: imitate first (--warm_steps), or lower --lr; a model that "
+        "reasons may need more --max_reply",
+    ),
+    "shortened": (
+        lambda row: row["shortened"] > 0.1 * row["turns"],
+        "more than a tenth of the prompts is shortened: raise --max_prompt",
+    ),
+    "entropy": (  # a policy that wins need not vary
+        lambda row: row["entropy"] < 0.01 and row["success"][-1] < 0.9,
+        "replies hardly vary, so there is no choice to learn: lower --lr, or give --entropy_coef",
+    ),
+    "prompt_gap": (
+        lambda row: row["prompt_gap"] is not None and row["prompt_gap"] < 0.05,
+        "replies no longer depend on the prompt: go back to an older checkpoint, lower --lr",
+    ),
+    "sampler_gap": (
+        lambda row: row["sampler_gap"] > 0.05,
+        "sampled and recomputed log-probabilities disagree: try --dtype float32, then "
+        "--sampler generate",
+    ),
+}
+MOST_SKIPPED = 3  # steps in a row whose gradients were not finite
+
+
+def warn(row: dict[str, Any], said: set[str]) -> None:
+    """Say what a row of a log shows to be going wrong, each thing once a run."""
+    for name, (is_bad, remedy) in WARNINGS.items():
+        if name in row and name not in said and is_bad(row):
+            said.add(name)
+            line = f"warning: step {row['step']}: {name} {row[name]:.3g}: {remedy}"
+            tqdm.write(line, file=sys.stderr)
 
 
 # --------------------------------------------------------------------------- the run
@@ -927,8 +987,10 @@ def main(argv: Sequence[str]) -> None:
         disable=not is_first,
         file=sys.stderr,
     )
+    said: set[str] = set()  # warnings
+    num_skipped = 0  # steps in a row
     if config.eval_every and not config.resume:
-        evaluate_and_log(config, run, 0)
+        evaluate_and_log(config, run, 0, said)
     for step in range(done, config.steps):
         clock = [time.perf_counter()]
         sampling = Sampling(config.seed, step, config.temperature)
@@ -952,6 +1014,13 @@ def main(argv: Sequence[str]) -> None:
         row["peak_gb"] = peak_gb(config.device)
         if is_first:
             log(out / "metrics.jsonl", row)
+            warn(row, said)
+        num_skipped = 0 if stats["updates"] else num_skipped + 1
+        if num_skipped == MOST_SKIPPED:
+            sys.exit(
+                f"train.py: no finite gradient in {MOST_SKIPPED} steps: lower --lr (or --dtype "
+                f"float32); --resume goes on from the last checkpoint, if one was saved"
+            )
         bar.set_postfix(
             success=percent(row["success"]),
             ret=f"{row['return']:.2f}",
@@ -962,7 +1031,7 @@ def main(argv: Sequence[str]) -> None:
         bar.update()
         is_last = step + 1 == config.steps
         if config.eval_every and (is_last or (step + 1) % config.eval_every == 0):
-            evaluate_and_log(config, run, step + 1)
+            evaluate_and_log(config, run, step + 1, said)
         if is_last or (config.save_every and (step + 1) % config.save_every == 0):
             save_checkpoint(config, run, step + 1)
     bar.close()
@@ -974,7 +1043,7 @@ def main(argv: Sequence[str]) -> None:
         dist.destroy_process_group()
 
 
-def evaluate_and_log(config: Config, run: Run, step: int) -> None:
+def evaluate_and_log(config: Config, run: Run, step: int, said: set[str]) -> None:
     """Evaluate; write the row, three whole trials as text, and a line for people."""
     result, trials = evaluate(config, run, step)
     if run.rank == 0:
@@ -984,6 +1053,7 @@ def evaluate_and_log(config: Config, run: Run, step: int) -> None:
         success = percent(result["success"])
         line = f"step {step}: on {result['num_tasks']} fixed tasks, success {success}"
         tqdm.write(line, file=sys.stderr)
+        warn(result, said)
 
 
 def percent(shares: Sequence[float]) -> str:
