@@ -21,7 +21,7 @@ import math
 import re
 import sys
 from collections import defaultdict, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -177,17 +177,6 @@ def pad(rows: Sequence[Sequence[int]], left: bool = False) -> Tensor:
         fill = [0] * (width - len(row))
         padded.append([*fill, *row] if left else [*row, *fill])
     return torch.tensor(padded)
-
-
-def fill_batches(items: Iterable, max_tokens: int, length: Callable[[Any], int]) -> list[list]:
-    """Items sorted by length, cut so that a padded batch has at most max_tokens (or one item)."""
-    batches: list[list] = []
-    for item in sorted(items, key=length):
-        # the longest so far, since sorted: it sets the width of the batch
-        if not batches or (len(batches[-1]) + 1) * length(item) > max_tokens:
-            batches.append([])
-        batches[-1].append(item)
-    return batches
 
 
 class GenerateSampler:
@@ -428,6 +417,28 @@ class UnsupportedModelError(ValueError):
 
 
 PREFILL_TOKENS = 8192  # of new prompts computed at once, padding included
+PASS_TOKENS = {"cpu": 64, "cuda": 1024}  # whose work takes the time that any pass takes beside it
+
+
+def prefill_batches(
+    rows: Sequence[CacheRow], numbers: Iterable[int], pass_tokens: int
+) -> list[list[int]]:
+    """The rows with these numbers in batches of similar length.
+
+    A batch ends where the next row would pad it by more than pass_tokens, or over PREFILL_TOKENS.
+    """
+    batches: list[list[int]] = []
+    size, width, cost = 0, 0, 0
+    for number in sorted(numbers, key=lambda number: len(rows[number].pending_ids)):
+        new, cached = len(rows[number].pending_ids), len(rows[number].cached_ids)
+        # Memory in tokens: cached ones are copied to be read, for a quarter of a new one's.
+        cost = max(cost, new, cached // 4)
+        if not batches or size * (new - width) > pass_tokens or (size + 1) * cost > PREFILL_TOKENS:
+            batches.append([])
+            size, cost = 0, max(new, cached // 4)
+        batches[-1].append(number)
+        size, width = size + 1, new
+    return batches
 
 
 class ContinuousSampler:
@@ -543,9 +554,7 @@ class ContinuousSampler:
             logits = self.forward(cache, rows, range(len(rows)), last)
         while new:
             now, new = share_prefixes(cache, rows, new)
-            # Memory in tokens: cached ones are copied to be read, for a quarter of a new one's.
-            cost = {n: max(len(rows[n].pending_ids), len(rows[n].cached_ids) // 4) for n in now}
-            for batch in fill_batches(now, PREFILL_TOKENS, cost.__getitem__):
+            for batch in prefill_batches(rows, now, PASS_TOKENS[self.model.device.type]):
                 ready = self.forward(cache, rows, batch, [rows[n].pending_ids for n in batch])
                 if logits is None:
                     logits = ready.new_zeros(len(rows), ready.shape[-1])

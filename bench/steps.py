@@ -43,16 +43,16 @@ def python(tree: Path, cache: str, *command: object) -> str:
 def measure(tree: Path, env: str, policy: str) -> dict[str, float]:
     """Seconds of one step of imitation, and of rollout and update of a training step."""
     with tempfile.TemporaryDirectory() as folder:
-        seconds = [python(tree, folder, "-c", WARM_START, env, steps) for steps in (5, 25)]
+        seconds = [python(tree, folder, "-c", WARM_START, env, steps) for steps in (3, 13)]
         short, long = (float(line.split()[0]) for line in seconds)
         flags = ["--env", env, "--model", policy, "--device", "cpu", "--eval_every", 0]
-        flags += ["--steps", 4, "--out"]
+        flags += ["--steps", 3, "--out"]
         rows = train(tree, folder, [*flags, f"{folder}/meta"])
         rl = [*flags, f"{folder}/rl", "--episodes", 1, "--group_size", 24]
         rl_rows = train(tree, folder, rl) if env == "minesweeper" else []
     row = {name: median(row["seconds"][name] for row in rows) for name in ("rollout", "update")}
     row |= {
-        "imitation": (long - short) / 20,
+        "imitation": (long - short) / 10,
         "reply_tokens": median(row["reply_tokens"] for row in rows),
     }
     if rl_rows:
