@@ -11,6 +11,7 @@ import copy
 import ctypes
 import functools
 import gc
+import inspect
 import itertools
 import json
 import math
@@ -1558,6 +1559,82 @@ def test_prompting_baselines(tmp_path):
     assert row["measured"]["torch"] == torch.__version__
 
 
+# -------------------------------------------------- what is relied on in transformers
+
+# Beyond loading, saving and calling a model. If an upgrade breaks one of these, the docstring says
+# what of ours stands on it.
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """(model, chat) of a small Qwen3."""
+    return hub_policy(tmp_path, "qwen3")[1:]
+
+
+IDS = torch.tensor([[5, 6, 7, 6]])
+
+
+def test_transformers_takes_a_mask_and_positions_as_given(hub):
+    """Policy.hidden_states, ContinuousSampler.forward."""
+    decoder = hub[0].get_decoder()
+    hidden = decoder(IDS).last_hidden_state[0]
+    mask = torch.full((4, 4), torch.finfo(torch.float32).min).triu(1)
+    mask[3, 1:3] = mask[0, 1]  # the last token stands behind the first
+    given = dict(position_ids=torch.tensor([[0, 1, 2, 1]]), attention_mask=mask[None, None])
+    forked = decoder(IDS, **given, use_cache=False).last_hidden_state[0]
+    assert torch.allclose(forked[[0, 1, 2, 3]], hidden[[0, 1, 2, 1]], atol=1e-5)
+
+
+def test_transformers_lets_layers_of_a_cache_be_ours(hub):
+    """sampler.RowLayer: what is asked of it, and that its update is called for every layer."""
+    assert not sampler.RowLayer.__abstractmethods__
+    cache = sampler.RowCache(2, 1, 8, "cpu")
+    cache.select([0], np.arange(4)[None], 4, torch.float32)
+    states = torch.ones(1, 2, 4, 16)
+    keys, values = cache.update(states, 2 * states, 1)
+    assert keys.equal(states) and values.equal(2 * states)
+    assert cache.layers[1].is_initialized and not cache.layers[0].is_initialized
+    parameters = {*inspect.signature(hub[0].get_decoder().forward).parameters}
+    assert len({"cache", "past_key_values"} & parameters) == 1
+
+
+def test_transformers_shapes_tell_their_kind_of_attention(hub):
+    """ContinuousSampler refuses windows and kernels that take no mask by these names."""
+    shape = hub[0].config.get_text_config()
+    assert {*shape.layer_types} == {"full_attention"} and shape.sliding_window is None
+    assert hub[0].config._attn_implementation == "sdpa"
+
+
+def test_transformers_models_are_a_decoder_and_an_output_layer(hub):
+    """Policy.score computes logits where they are needed only."""
+    hidden = hub[0].get_decoder()(IDS).last_hidden_state
+    assert hub[0].get_output_embeddings()(hidden).equal(hub[0](IDS).logits)
+
+
+def test_transformers_recomputes_activations_when_told(hub):
+    """--grad_checkpoint."""
+    hub[0].activation_checkpointing_enable({"use_reentrant": False})
+    assert hub[0].is_gradient_checkpointing
+
+
+def test_transformers_generate_leaves_the_choice_to_a_processor(hub):
+    """GenerateSampler: also without a repetition penalty or the like of the model's own."""
+    model, chat = hub
+    model.generation_config.repetition_penalty = 1e9
+    draw = sampler.DrawTokens([0], 0, SEED_3, chat)
+    [reply] = GenerateSampler(model, chat, 1, 3).generate([[5, 6]], draw)
+    assert 1 <= len(reply.ids) == len(draw.tokens) <= 3
+
+
+def test_transformers_tokenizers_can_take_special_tokens_as_text(hub):
+    """Chat.encode_plain, for those with a backend."""
+    backend = hub[1].tokenizer.backend_tokenizer
+    backend.encode_special_tokens = True
+    assert len(backend.encode("<|im_end|>", add_special_tokens=False).ids) > 1
+    backend.encode_special_tokens = False
+    assert len(backend.encode("<|im_end|>", add_special_tokens=False).ids) == 1
+
+
 # ---------------------------------------------------------------- the fast sampler's check
 
 
@@ -2756,6 +2833,16 @@ def test_an_older_checkpoint_goes_on_in_a_new_folder(finished_run, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_long_run_does_not_grow(finished_run, tmp_path):
+    flags = (
+        "--num_tasks 4 --group_size 4 --steps 500 --eval_every 100 --save_every 100 --device cpu"
+    )
+    run("train.py", "--model", finished_run, "--out", tmp_path / "run", *flags.split())
+    peaks = [row["peak_gb"] for row in rows(tmp_path / "run" / "metrics.jsonl")]
+    assert peaks[499] - peaks[149] < 0.02, "in GB"
+
+
+@pytest.mark.slow
 def test_no_steps_save_the_start(tmp_path):
     train.main([*map(str, SMALL), "--steps", "0", "--out", str(tmp_path / "start")])
     assert sorted(checkpoints(tmp_path / "start")) == [0]
@@ -3485,7 +3572,8 @@ def test_sokoban_warm_policy_follows_its_memory():
 def test_the_readme_is_true():
     text = (HERE / "README.md").read_text(encoding="utf-8")
     assert not re.findall(r"@[A-Z]+@", text)
-    symbols = re.findall(r"^\| .* \| `(\w+)` \|$", text, flags=re.M)  # the table of symbols
+    method = text.partition("| symbol |")[2].partition("## ")[0]
+    symbols = re.findall(r"^\| .* \| `(\w+)` \|$", method, flags=re.M)
     assert len(symbols) >= 8
     for name in symbols:
         is_there = hasattr(lamer, name) or hasattr(sampler, name)
@@ -3496,6 +3584,13 @@ def test_the_readme_is_true():
         known |= {*train.env_flags(env)}
     known |= {"nproc", "help", "shape", "deps"}  # of torchrun, both commands, bench/memory.py, pip
     assert flags <= known, f"README names flags that do not exist: {sorted(flags - known)}"
+    faults = text.partition("## What can go wrong")[2].partition("\n## ")[0]
+    files = [HERE / "test_lamer.py", *HERE.glob("*/test_*.py")]
+    tests = {name for file in files for name in re.findall(r"def test_(\w+)", file.read_text())}
+    named = set(re.findall(r"`(\w+_\w+_\w+)`", faults))
+    assert len(named) >= 15 and named <= tests, f"no such tests: {sorted(named - tests)}"
+    [released] = re.findall(r"^version: (.*)$", (HERE / "CITATION.cff").read_text(), flags=re.M)
+    assert f"\n## {released}, " in (HERE / "CHANGELOG.md").read_text()
 
 
 def test_the_readmes_own_environment_can_be_played(tiny, tmp_path):

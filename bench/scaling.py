@@ -3,9 +3,10 @@
     python bench/scaling.py                       all, a few minutes each on one core
     python bench/scaling.py group_size episodes
 
-Each point is a run of its own from one policy of 200 steps of imitation (for another board one of
-50 steps), with one thread a process; what is not varied is as in BASE. Prints the medians of all
-steps but the first: seconds of rollout and update, turns, reply tokens, peak memory in GB.
+Each point is a run of its own, with one thread a process, from one policy of 200 steps of imitation
+(for another board one of 50 steps; where episodes vary, of trials of 8); what is not varied is as
+in BASE. Prints the medians of all steps but the first: seconds of rollout and update, turns, reply
+tokens, peak memory in GB.
 """
 
 import json
@@ -29,11 +30,11 @@ WARM_START = """
 import sys
 import train
 from policy import warm_policy
-size, steps = map(int, sys.argv[1:])
+size, steps, episodes = map(int, sys.argv[1:])
 options = dict(size=size, mines=2, turns=9)
 config = train.make_config(
     env="minesweeper", model="tiny", device="cpu", warm_steps=steps, max_prompt=512, max_reply=192,
-    env_options=options,
+    env_options=options, warm_episodes=episodes,
 )
 print(warm_policy(config))
 """
@@ -47,8 +48,8 @@ def output(command: list[object]) -> str:
 
 def measure(vary: str, value: int) -> dict[str, float]:
     """A short run with one thing changed."""
-    size = value if vary == "size" else 4
-    warm = [sys.executable, "-c", WARM_START, size, 200 if size == 4 else 50]
+    size, episodes = value if vary == "size" else 4, 8 if vary == "episodes" else 3
+    warm = [sys.executable, "-c", WARM_START, size, 200 if size == 4 else 50, episodes]
     options = BASE | dict(model=output(warm).split()[-1], size=size, max_prompt=512, max_reply=192)
     launch = [sys.executable]
     if vary == "processes":
