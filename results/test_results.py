@@ -1,6 +1,10 @@
 """The README's tables are those of the JSON beside this file."""
 
 import json
+import random
+import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,7 +13,13 @@ import pytest
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
+sys.path.insert(0, str(HERE.parent))
+import replay  # noqa: E402
 import table  # noqa: E402
+
+import train  # noqa: E402
+from envs import make_env  # noqa: E402
+from policy import Recorder, scripted_trial  # noqa: E402
 
 README = (HERE.parent / "README.md").read_text(encoding="utf-8")
 
@@ -57,3 +67,88 @@ def test_differences_by_hand():
     text = table.compare({"0": wins, "1": wins, "2": wins}, {"0": none, "1": half})
     assert text.startswith("+75.0 [") and text.endswith("(+100.0, +50.0)")
     assert table.success({"0": half, "1": wins}) == "50 / 75 (50..100)"
+
+
+class Text(Recorder):
+    """A chat that gives tokens back as text."""
+
+    head, tail = (), (0,)
+
+    def decode(self, ids):
+        return "prompt"
+
+
+def played(won):
+    """(config, a trial of MineSweeper of more than one episode that ends so)."""
+    options = dict(size=4, mines=2, turns=9)
+    config = train.make_config(env="minesweeper", device="cpu", env_options=options)
+    for seed in range(100):
+        env = make_env("minesweeper", **options)
+        trial = scripted_trial(env, seed, 3, Text(), 0.3, random.Random(seed), style="compact")
+        if len(trial.past) > 0 and (trial.won_in is not None) == won:
+            return config, trial
+    raise AssertionError
+
+
+@pytest.mark.parametrize("won", [True, False])
+def test_a_replay_shows_what_happened(won):
+    config, trial = played(won)
+    data = replay.as_data(config, trial, Text())
+    assert (data["won"] is not None) == won and len(data["turns"]) == len(trial.turns)
+    for now, then in zip(data["turns"], data["turns"][1:], strict=False):
+        assert now["after"] == then["before"]
+    for shown, turn in zip(data["turns"], trial.turns, strict=True):
+        is_play = turn.phase == "play"
+        notes = [past.reflection for past in trial.past[: turn.episode]] if is_play else []
+        assert shown["notes"] == notes and shown["reply"] == turn.reply
+    last = data["turns"][-1]
+    assert last["after"] != last["before"], "the end of the last episode"
+
+
+HOSTILE = "</script><script>document.title = 'run'</script><img src=x onerror=alert(1)>&amp;\u2028"
+# What a person does on the page, and what then stands there.
+BY_HAND = """<script>
+const all = "#before, #reply, #after, #notes, #prompt, dd";
+const shown = () => [...document.querySelectorAll(all)].map((each) => each.textContent);
+const press = (key) => document.body.dispatchEvent(
+  new KeyboardEvent("keydown", {key, bubbles: true}));
+const steps = {start: [location.hash, shown()]};
+for (const key of ["ArrowRight", "ArrowDown", "ArrowDown", "ArrowUp", "ArrowLeft"]) {
+  press(key);
+  steps[key] = [location.hash, document.getElementById("reply").textContent];
+}
+document.querySelectorAll("#turns button")[2].click();
+steps.click = location.hash;
+steps.wide = document.documentElement.scrollWidth > innerWidth;
+steps.title = document.title;
+document.body.innerHTML = "";
+document.body.textContent = "FOUND" + JSON.stringify(steps) + "END";
+</script>"""
+
+
+def test_a_replay_in_a_browser(tmp_path):
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if not browser:
+        pytest.skip("no chromium")
+    config, trial = played(won=True)
+    for turn in trial.turns:
+        turn.reply = f"reply of episode {turn.episode + 1}"
+    trials = [replay.as_data(config, trial, Text()) for _ in range(2)]
+    for name in ("before", "reply", "after", "prompt", "action"):
+        trials[0]["turns"][0][name] = HOSTILE
+    trials[0]["turns"][0]["notes"] = [HOSTILE]
+    file = tmp_path / "replay.html"
+    file.write_text(replay.page(HOSTILE, trials) + BY_HAND, encoding="utf-8")
+    flags = "--headless --no-sandbox --disable-gpu --window-size=390,800 --virtual-time-budget=2000"
+    profile = f"--user-data-dir={tmp_path}/profile"
+    command = [browser, *flags.split(), profile, "--dump-dom", file.as_uri()]
+    text = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    text = re.search("FOUND(.*)END", text, flags=re.S)[1]
+    found = json.loads(text.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
+    assert found["title"].strip() == HOSTILE.strip()
+    assert found["start"][0] == "#1.1" and found["start"][1].count(HOSTILE) == 5
+    assert f"Episode 1: {HOSTILE}" in found["start"][1]
+    assert found["ArrowRight"] == ["#1.2", "reply of episode 1"]
+    assert found["ArrowDown"][0] == "#2.1", "it is the last: down again stays"
+    assert found["ArrowUp"] == ["#1.1", HOSTILE] and found["ArrowLeft"][0] == "#1.1"
+    assert found["click"] == "#1.3" and not found["wide"]
