@@ -2080,22 +2080,26 @@ def test_the_gap_of_prompts_by_hand():
     assert lamer.prompt_gap(Reader(True), trials[:2], config) is None, "prompts are all alike"
 
 
-def test_what_goes_wrong_is_said_once(capsys):
+def test_what_goes_wrong_is_said_once(tmp_path, capsys):
     good = dict(valid=0.99, shortened=1, turns=100, entropy=0.2, success=[0.1, 0.2])
     good |= dict(prompt_gap=0.5, sampler_gap=0.01)
     bad = dict(valid=0.3, shortened=20, entropy=0.001, prompt_gap=0.01, sampler_gap=0.2)
     assert bad.keys() == train.WARNINGS.keys()
+    config = train.Config(out=str(tmp_path))
     for name, value in bad.items():
-        said = set()
-        train.warn(good | {"step": 1}, said)
+        log = train.Log(config, is_first=True)
+        log.add("rows", good | {"step": 1})
         assert not capsys.readouterr().err
         for step in (2, 3):
-            train.warn(good | {"step": step, name: value}, said)
+            log.add("rows", good | {"step": step, name: value})
+            train.Log(config, is_first=False).add("rows", good | {"step": step, name: value})
         [line] = capsys.readouterr().err.strip().splitlines()
         assert line.startswith(f"warning: step 2: {name} {value:.3g}: ") and "--" in line
-    train.warn(good | {"step": 1, "entropy": 0.0, "success": [0.1, 0.95]}, set())
-    train.warn(good | {"step": 1, "prompt_gap": None}, set())
-    train.warn({"step": 1, "valid": 0.9}, set())
+    assert len(rows(tmp_path / "rows.jsonl")) == 3 * len(bad)
+    log = train.Log(config, is_first=True)
+    log.add("rows", good | {"step": 1, "entropy": 0.0, "success": [0.1, 0.95]})
+    log.add("rows", good | {"step": 1, "prompt_gap": None})
+    log.add("rows", {"step": 1, "valid": 0.9})
     assert not capsys.readouterr().err, "a policy that wins need not vary"
 
 

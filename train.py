@@ -37,6 +37,7 @@ import typing
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from types import UnionType
@@ -162,6 +163,7 @@ class Config:
     eval_tasks: int = option(64, "fixed tasks, their seeds disjoint from training", least=1)
     save_every: int = option(25, "steps; the last step is always saved", least=0)
     keep: int = option(2, "checkpoints kept, newest first", least=1)
+    tensorboard: bool = option(False, "also log for TensorBoard, where it is installed")
     device: str = option("cuda", "cpu or cuda", choices=("cpu", "cuda"))
     dtype: str = option("bfloat16", "of sampler and products; weights are fp32", choices=DTYPES)
     # the warm start, and the tiny policy
@@ -241,7 +243,7 @@ HUB_ON_CPU_ENVS = {
 }
 # What may change when a run is resumed: nothing that changes the numbers, but for how long it goes.
 RESUME_OPTIONS = ("steps", "eval_every", "save_every", "keep", "device", "slots")
-RESUME_OPTIONS += ("microbatch_tokens", "grad_checkpoint")
+RESUME_OPTIONS += ("microbatch_tokens", "grad_checkpoint", "tensorboard")
 LOGS = ("metrics.jsonl", "evals.jsonl")
 
 
@@ -317,6 +319,8 @@ def check_config(config: Config) -> Config:
         raise ValueError(f"--dual_clip must be 0 (off) or above 1, got {config.dual_clip}")
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda, but torch finds no CUDA GPU here; use --device cpu")
+    if config.tensorboard and find_spec("tensorboard") is None:
+        raise ValueError("--tensorboard: pip install tensorboard, or leave it out")
     if config.model == "tiny" and config.warm_steps < 1:
         raise ValueError("--warm_steps must be at least 1 for the tiny policy")
     config.model = newest_checkpoint(config.model)
@@ -811,13 +815,6 @@ def trim_log(old: Path, new: Path, steps: int) -> None:
     draft.replace(new)
 
 
-def log(path: Path, row: dict[str, Any]) -> None:
-    """Append a row of JSON, which has no NaN."""
-    row = json.loads(json.dumps(row), parse_constant=lambda _: None)
-    with open(path, "a") as file:
-        file.write(json.dumps(row) + "\n")
-
-
 # --------------------------------------------------------------------------- one step
 
 
@@ -935,7 +932,7 @@ WARNINGS = {
         "replies hardly vary, so there is no choice to learn: lower --lr, or give --entropy_coef",
     ),
     "prompt_gap": (
-        lambda row: row["prompt_gap"] is not None and row["prompt_gap"] < 0.05,
+        lambda row: row["prompt_gap"] < 0.05,
         "replies no longer depend on the prompt: go back to an older checkpoint, lower --lr",
     ),
     "sampler_gap": (
@@ -947,13 +944,55 @@ WARNINGS = {
 MOST_SKIPPED = 3  # steps in a row whose gradients were not finite
 
 
-def warn(row: dict[str, Any], said: set[str]) -> None:
-    """Say what a row of a log shows to be going wrong, each thing once a run."""
-    for name, (is_bad, remedy) in WARNINGS.items():
-        if name in row and name not in said and is_bad(row):
-            said.add(name)
-            line = f"warning: step {row['step']}: {name} {row[name]:.3g}: {remedy}"
-            tqdm.write(line, file=sys.stderr)
+class Log:
+    """What a run writes down: metrics.jsonl, evals.jsonl, for TensorBoard if asked for; warnings.
+
+    Only that of the first process writes.
+    """
+
+    def __init__(self, config: Config, is_first: bool):
+        self.folder, self.is_first = Path(config.out), is_first
+        self.said: set[str] = set()  # warnings, each once a run
+        self.board = None
+        if config.tensorboard and is_first:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(config.out)
+
+    def add(self, name: str, row: dict[str, Any]) -> None:
+        """Append a row to NAME.jsonl; JSON has no NaN. Warn of what it shows to be going wrong."""
+        if not self.is_first:
+            return
+        row = json.loads(json.dumps(row), parse_constant=lambda _: None)
+        with open(self.folder / f"{name}.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+        for key, value in row.items() if self.board else ():
+            parts = dict(enumerate(value, 1)) if isinstance(value, list) else value
+            parts = parts if isinstance(parts, dict) else {"": value}
+            for part, number in parts.items():
+                if number is not None:
+                    self.board.add_scalar(f"{name}/{key} {part}".strip(), number, row["step"])
+        for key, (is_bad, remedy) in WARNINGS.items():
+            if row.get(key) is not None and key not in self.said and is_bad(row):
+                self.said.add(key)
+                line = f"warning: step {row['step']}: {key} {row[key]:.3g}: {remedy}"
+                tqdm.write(line, file=sys.stderr)
+
+
+def draw_success(out: Path) -> None:
+    """success.png: the curve of evals.jsonl; only where matplotlib is installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    rows = [json.loads(line) for line in (out / "evals.jsonl").read_text().splitlines()]
+    figure = Figure(figsize=(5, 3.2), layout="constrained")
+    panel = figure.subplots()
+    for k, shares in enumerate(zip(*(row["success"] for row in rows), strict=True), 1):
+        panel.plot([row["step"] for row in rows], shares, marker=".", label=f"after episode {k}")
+    panel.set(xlabel="training step", ylabel="success on fixed tasks", ylim=(0, 1))
+    panel.legend(frameon=False)
+    figure.savefig(out / "success.png")
 
 
 # --------------------------------------------------------------------------- the run
@@ -976,6 +1015,7 @@ def main(argv: Sequence[str]) -> None:
         for name in LOGS:
             trim_log(before / name, out / name, done if config.resume else -1)
     print0(describe(config, given))
+    log = Log(config, is_first)
 
     tasks = range(run.rank, config.num_tasks, run.world)  # every process plays whole groups
     members = range(config.group_size)
@@ -987,10 +1027,9 @@ def main(argv: Sequence[str]) -> None:
         disable=not is_first,
         file=sys.stderr,
     )
-    said: set[str] = set()  # warnings
     num_skipped = 0  # steps in a row
     if config.eval_every and not config.resume:
-        evaluate_and_log(config, run, 0, said)
+        evaluate_and_log(config, run, 0, log)
     for step in range(done, config.steps):
         clock = [time.perf_counter()]
         sampling = Sampling(config.seed, step, config.temperature)
@@ -1012,9 +1051,7 @@ def main(argv: Sequence[str]) -> None:
         row["seconds"] = dict(zip(("rollout", "credit", "update"), spent, strict=True))
         row["tokens_per_second"] = round(row["reply_tokens"] / spent[0])
         row["peak_gb"] = peak_gb(config.device)
-        if is_first:
-            log(out / "metrics.jsonl", row)
-            warn(row, said)
+        log.add("metrics", row)
         num_skipped = 0 if stats["updates"] else num_skipped + 1
         if num_skipped == MOST_SKIPPED:
             sys.exit(
@@ -1031,7 +1068,7 @@ def main(argv: Sequence[str]) -> None:
         bar.update()
         is_last = step + 1 == config.steps
         if config.eval_every and (is_last or (step + 1) % config.eval_every == 0):
-            evaluate_and_log(config, run, step + 1, said)
+            evaluate_and_log(config, run, step + 1, log)
         if is_last or (config.save_every and (step + 1) % config.save_every == 0):
             save_checkpoint(config, run, step + 1)
     bar.close()
@@ -1043,17 +1080,17 @@ def main(argv: Sequence[str]) -> None:
         dist.destroy_process_group()
 
 
-def evaluate_and_log(config: Config, run: Run, step: int, said: set[str]) -> None:
-    """Evaluate; write the row, three whole trials as text, and a line for people."""
+def evaluate_and_log(config: Config, run: Run, step: int, log: Log) -> None:
+    """Evaluate; write the row, three whole trials as text, a curve, and a line for people."""
     result, trials = evaluate(config, run, step)
+    log.add("evals", result)
     if run.rank == 0:
-        log(Path(config.out, "evals.jsonl"), result)
         text = "\n\n".join(map(str, trials[:3]))
         Path(config.out, f"trials_{step:06d}.txt").write_text(text, encoding="utf-8")
+        draw_success(Path(config.out))
         success = percent(result["success"])
         line = f"step {step}: on {result['num_tasks']} fixed tasks, success {success}"
         tqdm.write(line, file=sys.stderr)
-        warn(result, said)
 
 
 def percent(shares: Sequence[float]) -> str:
