@@ -853,7 +853,9 @@ class Session:
 
     def act(self, action: str) -> None:
         """Play `search[words]`, good on every page, or `click[text]`; else nothing changes."""
-        match = re.match(r"(.+)\[(.+)\]", action)
+        line = action.partition("\n")[0]
+        # To the last "]": a pattern that had to find it would look from every "[" to the end.
+        match = re.match(r"(.+)\[(.+)", line[: max(line.rfind("]"), 0)])
         if match is None or self.page == "done":
             return
         verb, text = match[1], match[2].lower()
