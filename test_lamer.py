@@ -995,6 +995,17 @@ def test_long_replies_are_read_at_once(name, options):
             assert time.process_time() - start < 5, piece
 
 
+@pytest.mark.parametrize(
+    "code", ["raise KeyError('a\\nb' * 99)", "exit(3)", "\xff", "\0", "(" * 10**5, "9" * 5000]
+)
+def test_a_file_that_cannot_be_run_is_named_in_one_line(code, tmp_path):
+    (tmp_path / "game.py").write_text(code, encoding="latin-1")
+    with pytest.raises(ValueError, match=r"/game.py cannot be loaded: \w+: ") as error:
+        make_env(f"{tmp_path}/game.py:Game")
+    line = str(error.value)
+    assert len(line.splitlines()) == 1 and len(line) < 300
+
+
 # --------------------------------------------------------------- the trial and its prompts
 
 
