@@ -11,6 +11,7 @@ import copy
 import json
 import random
 import re
+import resource
 import shutil
 import sys
 import time
@@ -151,10 +152,16 @@ def play(env, rng):
         assert "".join([*texts, env.scripted_reflection(rng)]).encode()
 
 
+def peak_memory():
+    """The most this process has held, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024)
+
+
 def check_broken(world, is_genuine, folder, num_cases):
     """Break files in so many ways; both outcomes must come up."""
     contents = json.dumps(files_of(world, is_genuine))
-    rng, num_played = random.Random(f"{world} {is_genuine}"), 0
+    rng, num_played, before = random.Random(f"{world} {is_genuine}"), 0, peak_memory()
     for _ in range(num_cases):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
@@ -176,6 +183,7 @@ def check_broken(world, is_genuine, folder, num_cases):
             num_played += 1
         assert time.process_time() - start < 5
     assert 0.2 < num_played / num_cases < 0.8
+    assert peak_memory() - before < 5e8
 
 
 @pytest.mark.parametrize("num_cases", [60, pytest.param(2000, marks=pytest.mark.slow)])
