@@ -52,6 +52,12 @@ def require(is_fine: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def reason(error: BaseException) -> str:
+    """An exception in one line."""
+    line = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {line[:160]}"
+
+
 class Env:
     """Base class: Gymnasium's `reset` and `step`, plus what turns an environment into text.
 
@@ -876,8 +882,8 @@ def load_module(path: str, version: int) -> ModuleType:
     sys.modules[spec.name] = module  # dataclasses and pickles look it up there
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
-        raise ValueError(f"{path} cannot be loaded: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{path} cannot be loaded: {reason(error)}") from error
     return module
 
 
@@ -912,8 +918,7 @@ def check_env(name: str, env: Env) -> None:
         require(isinstance(info, dict) and isinstance(step_info, dict), "info is not a dict")
         float(reward)
     except (Exception, SystemExit) as error:
-        problem = next(iter(str(error).splitlines()), "")
         raise ValueError(
             f"--env {name}: reset(seed) must give (text, info), step(action) (text, reward, "
-            f"terminated, truncated, info); trying them: {type(error).__name__}: {problem}"
+            f"terminated, truncated, info); trying them: {reason(error)}"
         ) from error

@@ -52,6 +52,7 @@ import train
 from envs import (
     ENVS,
     MOVES,
+    WORLDS,
     Env,
     Level,
     MineSweeper,
@@ -862,6 +863,164 @@ def test_the_minesweeper_novice_reads_its_notes():
     read = choices(opened, lost)  # half of the time
     assert abs(share_of(read, "(3, 3)") - (1 / 2 + 1 / 16)) < 0.05
     assert abs(share_of(choices(lost, note), mine) - 1 / 16) < 0.03
+
+
+# ------------------------------------------------------------- environments and rubbish
+
+GAMES = [*((name, {}) for name in (*ENVS, *WORLDS)), ("webshop", dict(compact=False))]
+REWARDS = dict(lockbox=(0, 10), minesweeper=(-1, 10), webshop=(0, 10), alfworld=(0, 10))
+REWARDS |= dict(sokoban=(-3.3, 12.7))  # of three moves, the best place two boxes and win
+PIECES = (  # noqa: SIM905
+    "<action> </action> <remark> </remark> <ACTION> </Action> <action <//action> </think> %s {0} "
+    "<|im_end|> <|endoftext|> &lt;action&gt; ( ) [ ] ]] , - . -1 0 1 3 7 ٣ ２ ² Ⅷ 1e400 NaN None "
+    "(1,1) (２,٣) (0,-1) open peek leave up upright still click[ search[ next \\n \\ud800 İ ß אב 🜁 "
+    "\u202e \u200d \ufeff"
+).split()
+PIECES += [" ", "\n", "\t", "\r\n", "\0", "\x1b[2J", "\x85", "\u2028", "(-1" * 1000]
+PIECES += ["9" * 5000, f"({'9' * 5000}, 1)", f"open {'9' * 5000}"]  # int() takes 4,300 digits
+PIECES += ["search[<q> mug]", "search[<r>]", "click[< prev]", "click[buy now]", "go to desk 1"]
+
+
+def rubbish(rng, valid):
+    """A reply no one asked for: pieces of any kind, or a valid reply cut, doubled, overwritten.
+
+    Rarely a very long one; never half of a surrogate pair, which no tokenizer decodes to.
+    """
+    pieces = rng.choices(PIECES, k=rng.choice([0, 1, 2, 4, 8, 30]))
+    for first, last in [(0, 0x7F), (0x80, 0xD7FF), (0xE000, 0x10FFFF)] * rng.randrange(2):
+        pieces.insert(rng.randrange(len(pieces) + 1), chr(rng.randint(first, last)))
+    text, cut = "".join(pieces), rng.randrange(len(valid) + 1)
+    match rng.randrange(6):
+        case 0:
+            text = f"<action>{text}</action>"
+        case 1:
+            text = valid[:cut] + text[:20] + valid[cut:]
+        case 2:
+            text = valid[:cut] + rng.choice([valid, valid.upper(), valid[::-1], text])
+    return text * (100_000 // max(1, len(text)) if rng.random() < 0.003 else 1)
+
+
+def state_of(env):
+    """All that play changes, in a form to compare; what must hold in every state is checked."""
+    match env.name:
+        case "lockbox":
+            assert env.seen in (None, env.code)
+            return env.seen, env.done
+        case "minesweeper":
+            assert all(s in ("?", n) for s, n in zip(env.shown, env.numbers, strict=True))
+            return [*env.shown]
+        case "sokoban":
+            drawn = [re.sub(r"\d+:|\s", "", text) for text in (env.first, env.text())]
+            for symbols in ("#", "PS", "X√", "OS√"):  # walls, the player, boxes, targets
+                places = [[i for i, cell in enumerate(cells) if cell in symbols] for cells in drawn]
+                assert len(places[0]) == len(places[1])
+                assert symbols in ("PS", "X√") or places[0] == places[1]
+            return env.player, env.boxes
+        case "webshop":
+            visit, product = env.visit, env.visit.product
+            assert (product is None) == (visit.page in ("search", "results"))
+            assert all(product.choices[value] == name for name, value in visit.options.items())
+            assert 0 <= visit.score["reward"] <= 1
+            return visit.page, visit.words, visit.number, product, {**visit.options}
+        case "alfworld":
+            facts, contents, held = env.state.facts, env.state.contents, env.state.held
+            assert [fact[2] for fact in facts if fact[0] == "atlocation"] == [env.state.place]
+            assert [fact[2] for fact in facts if fact[0] == "holds"] == [held] * bool(held)
+            lie = [(o, r) for r, objects in contents.items() for o in objects]
+            objects = [o for o, _ in lie] + [held] * bool(held)
+            assert sorted(objects) == sorted(env.state.game.fits), "each in one place"
+            assert {fact[1:] for fact in facts if fact[0] == "inreceptacle"} == {*lie}
+            return set(facts)
+
+
+def watched(env):
+    """The environment, with its states and rewards checked, and that nothing follows the end."""
+    low, high = REWARDS[env.name]
+    reset, step = env.reset, env.step
+
+    def checked_reset(seed):
+        env.first, info = reset(seed)
+        return env.first, info
+
+    def checked_step(action):
+        before = state_of(env)
+        observation, reward, terminated, truncated, info = step(action)
+        after = state_of(env)
+        assert observation.encode() and low <= reward <= high
+        assert terminated or not info["won"]
+        if env.name == "minesweeper":
+            changed = [old for old, new in zip(before, after, strict=True) if old != new]
+            assert set(changed) <= {"?"}, "what is open stays as it is"
+        if terminated or truncated:
+            for late in (action, env.parse(env.scripted(1, random.Random(0)))[0]):
+                assert step(late)[1:4] == (0.0, True, False) and state_of(env) == after
+        return observation, reward, terminated, truncated, info
+
+    env.reset, env.step = checked_reset, checked_step
+    return env
+
+
+def check_rubbish(name, options, num_turns):
+    """Play trials with every other reply rubbish, and the others valid, to get somewhere."""
+    env, rng, count, seen = watched(make_env(name, **options)), random.Random(name), 0, set()
+    while count < num_turns:
+        episodes, seed = rng.randint(1, 3), rng.choice([0, EVAL_SEED]) + rng.randrange(500)
+        memory, style = rng.choice(lamer.MEMORIES), rng.choice(["full", "compact"])
+        trial = run_trial(env, seed, episodes, Letters(), memory, style, max_prompt=3000)
+        prompt = next(trial)
+        while isinstance(prompt, lamer.Prompt):
+            assert len(prompt.ids) <= 3000
+            reply = env.scripted(rng.choice([0, 1]), rng)
+            if env.actions() and rng.random() < 0.5:
+                reply = f"<action>{rng.choice(env.actions())}</action>"
+            if prompt.phase == "reflect":
+                reply = env.scripted_reflection(rng)
+            if rng.random() < 0.5:
+                reply = rubbish(rng, reply)
+            remark, is_valid = lamer.parse_reflection(reply)
+            assert len(remark) <= 2000
+            assert is_valid == ("<remark>" in reply and "</remark>" in reply)
+            try:
+                prompt = trial.send(Reply([1], [0.0], reply))
+            except StopIteration as stop:
+                prompt = stop.value
+        played = prompt.episodes_played()
+        assert len(played) <= episodes and max(map(len, played)) <= env.turn_limit
+        assert prompt.won_in in (None, len(played) - 1) and str(prompt).encode()
+        count += sum(map(len, played))
+        seen.update((turn.phase, turn.is_valid) for turn in prompt.turns)
+        seen.add("won" if prompt.won_in is not None else "lost")
+    assert len(seen) == 6, "both phases with replies of both kinds, and both ends"
+
+
+@pytest.mark.parametrize("num_turns", [500, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("name", "options"), GAMES)
+def test_rubbish_breaks_no_environment(name, options, num_turns):
+    check_rubbish(name, options, num_turns)
+
+
+@pytest.mark.parametrize(("name", "options"), GAMES)
+def test_long_replies_are_read_at_once(name, options):
+    """Reading on to the end from every character would take minutes."""
+    env = make_env(name, **options)
+    for piece in PIECES:
+        env.reset(0)
+        long = piece * (100_000 // len(piece))
+        for action in (long, f"({long}", f"a]{long}", f"search[{long}]"):
+            start = time.process_time()
+            env.step(env.parse(f"<action>{action}</action>")[0])
+            assert time.process_time() - start < 5, piece
+
+
+@pytest.mark.parametrize(
+    "code", ["raise KeyError('a\\nb' * 99)", "exit(3)", "\xff", "\0", "(" * 10**5, "9" * 5000]
+)
+def test_a_file_that_cannot_be_run_is_named_in_one_line(code, tmp_path):
+    (tmp_path / "game.py").write_text(code, encoding="latin-1")
+    with pytest.raises(ValueError, match=r"/game.py cannot be loaded: \w+: ") as error:
+        make_env(f"{tmp_path}/game.py:Game")
+    line = str(error.value)
+    assert len(line.splitlines()) == 1 and len(line) < 300
 
 
 # --------------------------------------------------------------- the trial and its prompts

@@ -63,6 +63,7 @@ BINARY = """receptacleatlocation inreceptacleobject receptacletype objecttype ca
 CHANGING = {*UNARY_CHANGING.split(), *BINARY_CHANGING.split()}
 NUM_ARGUMENTS = dict.fromkeys([*UNARY_CHANGING.split(), *UNARY.split()], 1)
 NUM_ARGUMENTS |= dict.fromkeys([*BINARY_CHANGING.split(), *BINARY.split()], 2)
+MAX_NAMES = 1_000  # a genuine game declares some 300; from each place one can go to all others
 
 
 class Form(list):
@@ -220,6 +221,8 @@ class Game:
         """
         variables, conditions = {}, []
         flatten_goal(goal, {}, variables, conditions)
+        if len(variables) > 20 or len(conditions) > 50:  # a genuine goal has 6 and 8
+            raise ValueError(f"line {goal.line}: the goal has too many variables or conditions")
         known = {*variables, *self.types, *self.types.values()}
         used = [name for condition in conditions for name in condition[1:]]
         for name in [*used, *variables.values()]:
@@ -295,6 +298,7 @@ def parse_problem(
 ) -> Game:
     """The game of a PDDL problem and its task sentence; ValueError names `source` and the line."""
     try:
+        f"{text}{task}".encode()  # JSON may hold half of a surrogate pair, which raises ValueError
         forms = read_form(text)
         if len(forms) != 1 or forms[0][:1] != ["define"]:
             raise ValueError("line 1: a problem is one list (define (problem ..) ..)")
@@ -307,6 +311,8 @@ def parse_problem(
 
         del objects[:1]  # the heading; in place, which keeps the form's line
         types = dict(typed_names(objects))
+        if len(types) > MAX_NAMES:
+            raise ValueError(f"line {objects.line}: {len(types):,} names are too many for a game")
         agents = [name for name, kind in types.items() if kind == "agent"]
         if len(agents) != 1:
             problem = f"{len(agents)} agents, {' '.join(agents)[:60]}; only one can play"
@@ -319,7 +325,7 @@ def parse_problem(
             for name in form[1:]:
                 if name not in types:
                     raise ValueError(f"line {form.line}: {name[:60]} in {form} is not declared")
-        if [fact[0] for fact in facts].count("atlocation") != 1:
+        if [fact[1] for fact in facts if fact[0] == "atlocation"] != agents:
             raise ValueError(f"line {init.line}: the agent must be at exactly one place")
         if len(goal) != 2 or len(goal[1]) < 2:
             raise ValueError(f"line {goal.line}: the goal is empty")
@@ -578,7 +584,7 @@ def load_game(path: str, task_type: str) -> Game:
     grammar, problem = data.get("grammar"), data.get("pddl_problem")
     task = None
     if isinstance(grammar, str) and isinstance(problem, str):
-        task = re.search(r'Your task is to: (.*?)\."', grammar)
+        task = re.search(r'Your task is to: (.{,500}?)\."', grammar)
     if task is None:
         lacking = "no sentence 'Your task is to: ...' in its grammar, or no pddl_problem"
         raise ValueError(f"{path}: {lacking}")
@@ -844,6 +850,7 @@ def make_game(
 # -------------------------------------------------------------------------------- planning
 
 MAX_PLAN = 100  # actions; more than any task takes
+MAX_TRIED = 5_000  # plans; most tasks take under fifty, one that cannot be done has no end
 
 
 def errands(state: State, way: frozenset[Atom]) -> Iterator[list[Atom]]:
@@ -889,14 +896,14 @@ def errands(state: State, way: frozenset[Atom]) -> Iterator[list[Atom]]:
 
 
 def find_plan(state: State, way: frozenset[Atom], limit: int = MAX_PLAN) -> list[Atom] | None:
-    """The fewest actions after which the facts of `way` hold; None if there are none below `limit`.
+    """The fewest actions after which the facts of `way` hold; None if none below `limit` are found.
 
     Hands hold one object and every place is one `go to` away, so some shortest plan is a sequence
     of errands.
     """
     count = 0  # of plans seen; between plans of one length, the first goes first
     queue = [(0, count, state, [])]
-    while queue:
+    while queue and count < MAX_TRIED:
         _, _, state, plan = heappop(queue)
         if way <= state.facts:
             return plan

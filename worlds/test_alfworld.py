@@ -14,6 +14,7 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -387,6 +388,11 @@ def test_the_expert_plans_anew_where_another_acted():
     assert env.expert() == ("take", "mug_bar_2", "desk_bar_1")
 
 
+def test_the_expert_gives_up_where_no_plan_wins():
+    env = enter(placed("(inReceptacle ?o Cabinet_bar_1) (inReceptacle ?o Cabinet_bar_2)"))
+    assert env.expert() == ("look",), "one mug in two cabinets"
+
+
 @pytest.mark.parametrize(
     "reply",
     [
@@ -656,6 +662,8 @@ def test_data_folders(tmp_path):
 
 OPENABLE = "(openable Fridge_bar_1)"  # in line 10
 MANY = "(exists (?a ?b ?c ?d ?e ?f ?g ?h - object) (and (isHot ?a) (isHot ?h)))"
+ONE_EACH = f"(exists ({' '.join(f'?a{i}' for i in range(21))} - agent) (isHot ?a1))"
+EXTRA = " ".join(f"spot{i}" for i in range(1000))
 NO_FACTS = "(and (exists (?r - receptacle) (and)))"
 PROBLEMS = {
     "unknown predicate": (ROOM.replace(OPENABLE, "\n(edible Fridge_bar_1)"), "line 11: unknown"),
@@ -674,10 +682,15 @@ PROBLEMS = {
     "word as goal": (ROOM.replace("GOAL", "win"), "no fact|unknown predicate"),
     "untyped": (ROOM.replace("- location", ""), "has no type|not declared|no agent"),
     "no place": (ROOM.replace("(atLocation agent1 start)", ""), "exactly one place"),
+    "no agent's place": (ROOM.replace("atLocation agent1", "atLocation Mug_bar_1"), "exactly one"),
     "two agents": (ROOM.replace("agent1 - agent", "agent1 bob - agent"), "2 agents, agent1 bob"),
     "no init": (ROOM.replace("(:init", "(:start"), "exactly one place"),
     "deep": ("(" * 100_000, "nested too deeply"),
     "large goal": (ROOM.replace("GOAL", MANY), "too many variables"),
+    "many variables": (ROOM.replace("GOAL", ONE_EACH), "line 36: .* too many variables or"),
+    "many conditions": (ROOM.replace("GOAL", f"(and {OPENABLE * 51})"), "too many .* conditions"),
+    "many names": (ROOM.replace("start at", f"start {EXTRA} at"), "line 2: 1,028 names"),
+    "half a pair": (ROOM.replace("Mug_bar_1", "Mug_bar_\ud800"), r"encode character '\\ud800'"),
 }
 
 
@@ -694,9 +707,11 @@ def test_broken_problems_end_in_one_clear_line(name, tmp_path):
         AlfWorld(data=str(folder))
     check_line(str(error.value))
     assert str(folder / "game.tw-pddl") in str(error.value)
-    assert "line " in str(error.value)
+    assert "line " in str(error.value) or name == "half a pair"
 
 
+# Looking from each of them to the end of the line would take a minute.
+MANY_TASKS = {"grammar": "Your task is to: " * 25_000, "pddl_problem": "", "solvable": True}
 FILES = {
     "game missing": ("game.tw-pddl", None, "is missing"),
     "trajectory missing": ("traj_data.json", None, "missing, though there is"),
@@ -708,6 +723,7 @@ FILES = {
     "no texts": ("game.tw-pddl", b'{"solvable": true, "grammar": 7}', "no pddl_problem"),
     "deep": ("game.tw-pddl", b"[" * 1_000_000, "recursion"),
     "huge number": ("game.tw-pddl", b'{"solvable": ' + b"9" * 10_000 + b"}", "digits"),
+    "many tasks": ("game.tw-pddl", json.dumps(MANY_TASKS).encode(), "no sentence 'Your task"),
     "not solvable": ("game.tw-pddl", b'{"solvable": null}', "not marked as solvable"),
 }
 
@@ -722,8 +738,10 @@ def test_broken_files_end_in_one_clear_line(name, tmp_path):
         path.unlink()
     else:
         path.write_bytes(content)
+    start = time.process_time()
     with pytest.raises(ValueError, match=message) as error:
         AlfWorld(data=str(tmp_path))
+    assert time.process_time() - start < 5
     check_line(str(error.value))
     assert str(path) in str(error.value)
 

@@ -401,9 +401,14 @@ def test_goals_that_only_another_product_wins():
     other = make_product("B2", options={"any": ["color blac1901"]})
     ways = {"black1901": (other, ["color blac1901"]), "white": (bad, ["white"])}
     assert ways_by_colour(make_shop(bad, other)) == ways
-    # "click[8 [eu]]" is read as another action.
+    # "click[8 [eu]]" is read as another action, and an action is one line.
     bracket = make_shop(make_product(options={"size": ["8 [eu]", "9"]}))
     assert [way is None for way in bracket.ways] == ["[" in goal.text for goal in bracket.goals]
+    lines = make_product(options={"size": ["x\ny", "9"]})
+    instructions = [(lines, "a mug", ("hand made",), [value]) for value in ("x\ny", "9")]
+    assert sorted(webshop.Shop([lines], instructions, 0).ways, key=bool) == [None, (lines, ["9"])]
+    many = make_product(options={f"name {i}": [f"value {i}"] for i in range(11)})
+    assert make_shop(many).ways == [None], "too many sets of options to try"
 
 
 # ---------------------------------------------------------------------------------------- bad input
@@ -440,6 +445,7 @@ def test_written_catalogues_load_as_generated(folder):
 
 
 RECORDS, NOTES = "items_shuffle.json", "items_ins_v2.json"
+NINE_OF_FIVE = {str(i): [{"value": f"{i} {j}"} for j in range(9)] for i in range(5)}
 
 
 @pytest.mark.parametrize(
@@ -449,6 +455,8 @@ RECORDS, NOTES = "items_shuffle.json", "items_ins_v2.json"
         (RECORDS, lambda c: b"\xff" + json.dumps(c).encode(), RECORDS),
         (RECORDS, lambda c: b"[" * 10**5, RECORDS),
         (RECORDS, lambda c: b"x" * 10**7, RECORDS),
+        (RECORDS, lambda c: b"[" + b"9" * 5000 + b"]", RECORDS),
+        (RECORDS, lambda c: [], "goals"),
         (RECORDS, lambda c: dict(a=1), RECORDS),
         (RECORDS, lambda c: c.insert(3, 7), "product 3"),
         (RECORDS, lambda c: c[2].pop("asin"), "product 2"),
@@ -459,6 +467,9 @@ RECORDS, NOTES = "items_shuffle.json", "items_ins_v2.json"
         (RECORDS, lambda c: c[4].update(pricing="$"), "ASIN of 4"),
         (RECORDS, lambda c: c[4].update(pricing=7), "ASIN of 4"),
         (RECORDS, lambda c: c[5].update(name=None), "ASIN of 5"),
+        (RECORDS, lambda c: c[5].update(name="half of a pair \ud800"), "ASIN of 5"),
+        (RECORDS, lambda c: c[5].update(customization_options=NINE_OF_FIVE), "ASIN of 5"),
+        (RECORDS, lambda c: c[5].update(asin="a\nb"), r"a\\nb': is missing, but items_shuffle"),
         (RECORDS, lambda c: c[5].update(small_description=[1]), "ASIN of 5"),
         (RECORDS, lambda c: c[5].update(customization_options={"size": ["x"]}), "ASIN of 5"),
         (RECORDS, lambda c: c.append(dict(c[0], asin="B0NEW")), "B0NEW"),

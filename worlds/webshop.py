@@ -14,6 +14,7 @@ the same goal, also after a wrong purchase; goals that cannot be won are left ou
 
 import itertools
 import json
+import math
 import random
 import re
 import string
@@ -113,7 +114,7 @@ def read_json(path: Path, kind: type) -> Any:
     """The content of a JSON file, a list or a dict; ValueError names file and place."""
     try:
         content = json.loads(path.read_bytes().decode("utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # bad UTF-8 and JSON are ValueErrors
         problem = f"{path}: cannot be read as UTF-8 JSON: {error}"
         raise ValueError(problem.replace("\n", " ")) from None
     name = "list" if kind is list else "object"
@@ -121,8 +122,13 @@ def read_json(path: Path, kind: type) -> Any:
     return content
 
 
+def is_text(value: Any) -> bool:
+    """Whether it is text that can be encoded: JSON may hold half of a surrogate pair."""
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
+
+
 def is_texts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    return isinstance(value, list) and all(map(is_text, value))
 
 
 def is_objects(value: Any) -> bool:
@@ -149,7 +155,7 @@ def read_options(listed: Any, place: str) -> dict[str, list[str]]:
             continue
         values = [entry.get("value") for entry in entries] if is_objects(entries) else None
         problem = f"option {name!r:.40} is no list of objects with a value"
-        check(is_texts(values), place, problem)
+        check(is_text(name) and is_texts(values), place, problem)
         options[name.lower()] = [value.strip().replace("/", " | ").lower() for value in values]
     return options
 
@@ -157,13 +163,13 @@ def read_options(listed: Any, place: str) -> dict[str, list[str]]:
 def read_product(record: dict[str, Any], attributes: list[str], place: str) -> Product:
     """A product from its record in items_shuffle.json, as engine/engine.py's load_products."""
     for key in ("name", "query", "category", "product_category"):
-        check(isinstance(record.get(key), str), place, f"{key} is missing or no text")
+        check(is_text(record.get(key)), place, f"{key} is missing or no text")
     images = record.get("images")
     check(isinstance(images, list) and images != [], place, "images is missing or empty")
     description, bullets = record.get("full_description"), record.get("small_description")
     if not isinstance(bullets, list):
         bullets = [bullets or ""]
-    check(isinstance(description, str | None), place, "full_description is no text")
+    check(description is None or is_text(description), place, "full_description is no text")
     problem = "small_description is neither text nor a list of texts"
     check(is_texts(bullets), place, problem)
     return Product(
@@ -191,35 +197,40 @@ def read_catalogue(
     In the second case every product must be in `notes`. `files` are named in errors.
     """
     products, instructions, seen = [], [], set()
+    num_goals = 0  # seven a product in genuine files
     for i, record in enumerate(records):
         source = f"{files[0]}: product {i}"
-        has_asin = isinstance(record, dict) and isinstance(record.get("asin"), str)
+        has_asin = isinstance(record, dict) and is_text(record.get("asin"))
         check(has_asin, source, "has no asin")
         asin = record["asin"]
         if asin == "nan" or len(asin) > 10 or asin in seen:  # the original skips these
             continue
         seen.add(asin)
-        place = f"{files[1]}: {asin}"
-        check(asin in notes or human is not None, place, f"is missing, but {files[0]} has it")
+        place = f"{files[1]}: {asin!r}"
+        check(asin in notes or human is not None, place, f"is missing, but {files[0].name} has it")
         note = notes.get(asin, {})
         check(isinstance(note, dict), place, "is no object")
         attributes = note.get("attributes", ["DUMMY_ATTR"])
         check(is_texts(attributes), place, "attributes is no list of texts")
-        product = read_product(record, attributes, f"{source} ({asin})")
+        source = f"{source} ({asin!r})"
+        product = read_product(record, attributes, source)
         products.append(product)
 
         entries = []
         if human is not None:
-            place, entries = f"{files[2]}: {asin}", human.get(asin, [])
+            place, entries = f"{files[2]}: {asin!r}", human.get(asin, [])
         elif note.get("instruction") is not None:
             entries = [note]
         check(is_objects(entries), place, "is no list of objects")
         for entry in entries:
             text, asked = entry.get("instruction"), entry.get("instruction_attributes")
             problem = "instruction or instruction_attributes is malformed"
-            check(isinstance(text, str) and is_texts(asked), place, problem)
+            check(is_text(text) and is_texts(asked), place, problem)
             if human is None:
                 instructions.append((product, text, tuple(asked), None))
+                num_goals += math.prod(map(len, product.options.values()))
+                problem = f"with it there are {num_goals:,} combinations of options, too many"
+                check(num_goals <= 10_000 + 20 * len(records), source, problem)
             elif asked:  # the original skips the others
                 values = entry.get("instruction_options")
                 check(is_texts(values), place, "instruction_options is no list of texts")
@@ -684,11 +695,13 @@ class Shop:
         if count_attributes(product, goal.attributes) < len(goal.attributes):
             return None
         wanted = goal.wanted
+        if len(wanted) > 10:  # the sets of more are too many to try
+            return None
         ways: dict[int, list[str]] = {0: []}  # set of options matched, as bits -> values that do it
         for name in product.options:
             longer = dict(ways)
             for value, owner in product.choices.items():
-                if owner != name or "[" in value:  # brackets cannot be clicked, see Session.act
+                if owner != name or "[" in value or "\n" in value:  # no such click, see Session.act
                     continue
                 if among is not None and value not in among:
                     continue
@@ -853,7 +866,9 @@ class Session:
 
     def act(self, action: str) -> None:
         """Play `search[words]`, good on every page, or `click[text]`; else nothing changes."""
-        match = re.match(r"(.+)\[(.+)\]", action)
+        line = action.partition("\n")[0]
+        # To the last "]": a pattern that had to find it would look from every "[" to the end.
+        match = re.match(r"(.+)\[(.+)", line[: max(line.rfind("]"), 0)])
         if match is None or self.page == "done":
             return
         verb, text = match[1], match[2].lower()
@@ -988,8 +1003,9 @@ class WebShop(Env):
 
         goals = range(len(self.shop.goals)) if original else self.shop.winnable
         num_goals = len(self.shop.goals)
+        place = f"--data {data}" if has_data else f"--products {products}"
         problem = f"only {len(goals)} of the {num_goals} goals can be won"
-        check(len(goals) > 1, "webshop", problem)
+        check(len(goals) > 1, place, problem)
         num_validation = min(500, max(len(goals) // 5, 1))  # 500: verl-agent's and LaMer's
         self.validation, self.training = goals[:num_validation], goals[num_validation:]
 
