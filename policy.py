@@ -32,7 +32,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from envs import Env, derive_seed, make_env
+from envs import Env, derive_seed, make_env, reason
 from lamer import (
     Policy,
     Reply,
@@ -92,12 +92,6 @@ def load_policy(name: str, dtype: torch.dtype, device: str) -> tuple[Any, Chat]:
         return model, Chat(tokenizer, stop_ids if isinstance(stop_ids, list) else [stop_ids])
     except Exception as error:  # transformers, safetensors and the hub have exceptions of their own
         raise ValueError(f"--model {name} cannot be loaded: {reason(error)}") from error
-
-
-def reason(error: Exception) -> str:
-    """An exception in one line. A full disk is an OSError, RuntimeError or SafetensorError."""
-    line = next(iter(str(error).strip().splitlines()), "")
-    return f"{type(error).__name__}: {line[:120]}"
 
 
 @torch.no_grad()

@@ -60,14 +60,13 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 import lamer
-from envs import EVAL_SEED, check_env, derive_seed, env_class, make_env
+from envs import EVAL_SEED, check_env, derive_seed, env_class, make_env, reason
 from lamer import MEMORIES, Policy, Trial, Turn, all_reduce_sum, print0, unwrap, world_size
 from policy import (
     checkpoints,
     load_policy,
     newest_checkpoint,
     older_checkpoint,
-    reason,
     save_policy,
     saved_config,
     warm_policy,
