@@ -4,7 +4,8 @@
     python bench/steps.py --tree OTHER --rounds 5          alternating with another checkout of it
 
 Imitation is timed from scratch, training from one policy of 200 steps of imitation, every round in
-processes of its own with one thread. `rl_rollout`, on MineSweeper, is the time that RL on single
+processes of its own with one thread; with a learning rate of 0, so that all code is timed on the
+same trials. `rl_rollout`, on MineSweeper, is the time that RL on single
 episodes, the same policy and as many episodes a step, takes for as many reply tokens. Prints
 medians over the rounds, each run's first training step left out.
 """
@@ -46,7 +47,7 @@ def measure(tree: Path, env: str, policy: str) -> dict[str, float]:
         seconds = [python(tree, folder, "-c", WARM_START, env, steps) for steps in (3, 13)]
         short, long = (float(line.split()[0]) for line in seconds)
         flags = ["--env", env, "--model", policy, "--device", "cpu", "--eval_every", 0]
-        flags += ["--steps", 3, "--out"]
+        flags += ["--lr", 0, "--steps", 3, "--out"]  # all steps play alike
         rows = train(tree, folder, [*flags, f"{folder}/meta"])
         rl = [*flags, f"{folder}/rl", "--episodes", 1, "--group_size", 24]
         rl_rows = train(tree, folder, rl) if env == "minesweeper" else []
