@@ -9,17 +9,10 @@ episodes, after a note with a code, that open this code.
 import json
 import re
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from playing import Player, task_seeds
 
-import torch
-
-import eval as evaluation
-import train
 from lamer import Trial
-from policy import load_policy
-from sampler import make_sampler, rollout
 
 
 def count(trials: list[Trial]) -> dict[str, int]:
@@ -42,13 +35,9 @@ def count(trials: list[Trial]) -> dict[str, int]:
 def main(argv: list[str]) -> None:
     if not argv:
         sys.exit(__doc__)
-    tasks = argv[1] if len(argv) > 1 else "256"
-    _, config, source = evaluation.prepare(["--model", argv[0]])
-    model, chat = load_policy(source, getattr(torch, config.dtype), config.device)
-    sampler = make_sampler(config, model, chat, train.count_slots(config, model, int(tasks)))
-    seeds = [evaluation.EVAL_PY_SEED + i for i in range(int(tasks))]
-    sampling = train.eval_sampling(config, seed=0, step=evaluation.EVAL_PY_DRAWS)
-    counts = count(rollout(config, sampler, seeds, range(int(tasks)), sampling))
+    num_tasks = int(argv[1]) if len(argv) > 1 else 256
+    player = Player(argv[0], num_tasks)
+    counts = count(player.play(player.trials(task_seeds(num_tasks))))
     share = counts["opened it"] / max(1, counts["played on with it"])
     print(json.dumps(counts | {"followed": round(share, 3)}))
 

@@ -11,20 +11,14 @@ the trials of a task are the group that advantages compare (of a ppo policy, by 
 
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from playing import Player, task_seeds
 
-import torch
-
-import eval as evaluation
 import train
 from envs import make_env
 from lamer import Trial
-from policy import load_policy
-from sampler import Sampling, make_sampler, rollout
 
 GROUP = 8  # trials of a task
 
@@ -79,18 +73,15 @@ def page(title: str, trials: list[dict[str, Any]]) -> str:
 
 def play(model: str, num_tasks: int) -> tuple[str, list[dict[str, Any]]]:
     """Title and trials of a policy."""
-    _, config, source = evaluation.prepare(["--model", model])
-    estimator = "gigpo" if config.estimator == "ppo" else config.estimator
-    config = replace(config, estimator=estimator, num_tasks=num_tasks, group_size=GROUP)
-    policy, chat = load_policy(source, getattr(torch, config.dtype), config.device)
     num = num_tasks * GROUP
-    sampler = make_sampler(config, policy, chat, train.count_slots(config, policy, num))
-    seeds = [evaluation.EVAL_PY_SEED + i // GROUP for i in range(num)]
-    sampling = Sampling(config.seed, evaluation.EVAL_PY_DRAWS, config.temperature)
-    trials = rollout(config, sampler, seeds, range(num), sampling)
+    player = Player(model, num, num_tasks=num_tasks, group_size=GROUP)
+    config = player.config
+    if config.estimator == "ppo":
+        config.estimator = "gigpo"
+    trials = player.play(player.trials(task_seeds(num_tasks, GROUP)), config.temperature)
     train.assign_credit(config, None, trials)
-    title = f"{config.env}, {source}, gamma_traj {config.gamma_traj:g}"
-    return title, [as_data(config, trial, chat) for trial in trials]
+    title = f"{config.env}, {player.source}, gamma_traj {config.gamma_traj:g}"
+    return title, [as_data(config, trial, player.chat) for trial in trials]
 
 
 def main(argv: list[str]) -> None:

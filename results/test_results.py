@@ -6,6 +6,8 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +16,14 @@ import pytest
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 sys.path.insert(0, str(HERE.parent))
+import diversity  # noqa: E402
 import replay  # noqa: E402
+import swap  # noqa: E402
 import table  # noqa: E402
 
 import train  # noqa: E402
 from envs import make_env  # noqa: E402
+from lamer import Reply, run_trial  # noqa: E402
 from policy import Recorder, scripted_trial  # noqa: E402
 
 README = (HERE.parent / "README.md").read_text(encoding="utf-8")
@@ -152,3 +157,54 @@ def test_a_replay_in_a_browser(tmp_path):
     assert found["ArrowDown"][0] == "#2.1", "it is the last: down again stays"
     assert found["ArrowUp"] == ["#1.1", HOSTILE] and found["ArrowLeft"][0] == "#1.1"
     assert found["click"] == "#1.3" and not found["wide"]
+
+
+def test_diversity_by_hand():
+    _, trial = played(won=False)
+    actions = [turn.action for turn in trial.episodes_played()[0]]
+    [(shown, count)] = diversity.trajectories([trial, trial]).items()
+    assert shown == " > ".join(actions[:3]) and count == 2
+    assert diversity.normalized_entropy({"a": 8}) == 0
+    assert diversity.normalized_entropy(dict.fromkeys("abcd", 1)) == pytest.approx(1)
+    assert diversity.normalized_entropy({"a": 2, "b": 2}) == pytest.approx(1 / 2)
+
+
+class Stub:
+    """Plays every prompt with one text."""
+
+    def __init__(self, config, text):
+        self.config, self.text, self.asked = config, text, []
+
+    def trials(self, seeds):
+        make = partial(make_env, "minesweeper", **self.config.env_options)
+        return [run_trial(make(), seed, 3, Text(), style="compact") for seed in seeds]
+
+    def play(self, trials):
+        return [self.play_one(trial) for trial in trials]
+
+    def play_one(self, trial):
+        try:
+            prompt = next(trial)
+            while True:
+                self.asked.append(prompt.phase)
+                prompt = trial.send(Reply([1], [0.0], self.text))
+        except StopIteration as stop:
+            return stop.value
+
+
+def test_a_swapped_first_episode_is_played_on():
+    """By whoever plays on, from the reflection on it; what is solved stays as it is."""
+    config, trial = played(won=False)
+    _, other = played(won=True)
+    solved = replace(other, won_in=0, seed=77)
+    player = Stub(config, "<remark>here</remark><action>(1, 1)</action>")
+    first, second = swap.continued(player, [trial, solved])
+    assert second is solved and player.asked[0] == "reflect"
+    begun = [turn for turn in trial.turns if turn.episode == 0 and turn.phase == "play"]
+    assert first.turns[: len(begun)] == [
+        replace(turn, prompt_ids=mine.prompt_ids)
+        for turn, mine in zip(begun, first.turns, strict=False)
+    ]
+    assert first.past[0].reflection == "here" and first.past[0].records == trial.past[0].records
+    assert swap.summary([first, solved], 3)["won_in"] == [first.won_in, 0]
+    assert swap.summary([solved, solved], 3)["success"] == [1, 1, 1]
