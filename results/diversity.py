@@ -14,8 +14,9 @@ import sys
 from collections import Counter
 from typing import Any
 
-from playing import Player, task_seeds
+from playing import Player, provenance, task_seeds
 
+import train
 from lamer import Trial
 
 NUM_TASKS, NUM_SAMPLES, NUM_ACTIONS = 64, 64, 3
@@ -58,7 +59,8 @@ def main(argv: list[str]) -> None:
         found = {model: measure(model) for model in argv}
     except ValueError as error:
         sys.exit(f"diversity.py: {error}")
-    print(json.dumps({"command": ["diversity.py", *argv], "policies": found}))
+    made = provenance("results/diversity.py", argv, train.default_device())
+    print(json.dumps({**made, "policies": found}))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What the scripts beside this one share: a policy as eval.py loads it, to play with."""
 
+import shlex
 import sys
 from collections.abc import Generator, Sequence
 from dataclasses import replace
@@ -52,6 +53,11 @@ class Player:
         how = {} if temperature is None else dict(temperature=temperature, top_p=1.0, top_k=0)
         sampling = train.eval_sampling(self.config, seed=0, step=evaluation.EVAL_PY_DRAWS, **how)
         return self.sampler.run(trials, range(len(trials)), sampling)
+
+
+def provenance(name: str, argv: Sequence[str], device: str) -> dict[str, Any]:
+    """What the JSON of a script says of its making."""
+    return {"command": shlex.join([name, *argv]), "measured": evaluation.measured(device)}
 
 
 def task_seeds(num_tasks: int, times: int = 1) -> list[int]:

@@ -13,7 +13,7 @@ import random
 import sys
 from typing import Any
 
-from playing import Player, after, task_seeds
+from playing import Player, after, provenance, task_seeds
 
 from envs import make_env
 from lamer import Trial
@@ -65,7 +65,8 @@ def main(argv: list[str]) -> None:
     found = {
         name: summary(continued(player, trials), config.episodes) for name, trials in firsts.items()
     }
-    print(json.dumps({"command": ["swap.py", *argv], "first_episode_by": found}))
+    made = provenance("results/swap.py", argv, config.device)
+    print(json.dumps({**made, "first_episode_by": found}))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python results/table.py minesweeper-tiny          the results of results/games.sh
     python results/table.py minesweeper-tiny warm     what holds before RL
+    python results/table.py swap-minesweeper-tiny     those of results/swap.py
 
 Success in percent after each episode, mean over the seeds, in brackets the least and the most of
 the last. Differences after the last episode are paired by task, with a 95% interval from 10,000
@@ -23,14 +24,21 @@ def read(name: str) -> dict[str, dict[str, np.ndarray]]:
     """{method and memory: {seed: (tasks, episodes) of wins so far}} of an environment and model."""
     found: dict[str, dict[str, np.ndarray]] = {}
     for path in sorted(HERE.glob(f"{name}-*.json")):
-        method, seed, memory = re.fullmatch(rf"{name}-(\w+)-s(\d+)-(\w+)", path.stem).groups()
         row = json.loads(path.read_text())
-        wins = [
-            [task["won_in"] is not None and task["won_in"] <= k for k in range(row["episodes"])]
-            for task in row["tasks"]
-        ]
-        found.setdefault(f"{method}-{memory}", {})[seed] = np.array(wins)
+        if name.startswith("swap-"):
+            for who, played in row["first_episode_by"].items():
+                wins = wins_so_far(played["won_in"], len(played["success"]))
+                found.setdefault(who, {})[path.stem.rpartition("-s")[2]] = wins
+            continue
+        method, seed, memory = re.fullmatch(rf"{name}-(\w+)-s(\d+)-(\w+)", path.stem).groups()
+        wins = wins_so_far([task["won_in"] for task in row["tasks"]], row["episodes"])
+        found.setdefault(f"{method}-{memory}", {})[seed] = wins
     return found
+
+
+def wins_so_far(won_in: list[int | None], episodes: int) -> np.ndarray:
+    """Whether each task was solved within the first 1..episodes episodes: (tasks, episodes)."""
+    return np.array([[won is not None and won <= k for k in range(episodes)] for won in won_in])
 
 
 def success(by_seed: dict[str, np.ndarray]) -> str:
@@ -63,7 +71,8 @@ def main(argv: list[str]) -> None:
     method = argv[1] if len(argv) > 1 else "meta"
     pairs = [("reflection", "swapped"), ("reflection", "none"), ("swapped", "none")]
     pairs = [(f"{method}-{ours}", f"{method}-{other}") for ours, other in pairs]
-    for ours, other in [*pairs, ("meta-reflection", "rl-none")]:
+    pairs += [("meta-reflection", "rl-none"), ("itself", "start"), ("itself", "scripted")]
+    for ours, other in pairs:
         if ours in found and other in found:
             print(f"{ours} minus {other}: {compare(found[ours], found[other])}")
 

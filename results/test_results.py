@@ -65,6 +65,16 @@ def test_minesweeper(name, way):
     assert cells_of(name)[0] == table.success(found)
 
 
+def test_first_episodes():
+    found = table.read("swap-minesweeper-tiny")
+    for name, other in (("the policy before RL", "start"), ("the scripted player", "scripted")):
+        assert cells_of(name) == [
+            table.success(found[other]),
+            table.compare(found["itself"], found[other]),
+        ]
+    assert table.success(found["itself"]) == cells_of("the trained policy itself")[0]
+
+
 def test_differences_by_hand():
     """Ten tasks: ours wins all, the other none, then half; draws keep to their seed."""
     wins, none, half = np.ones((10, 2)), np.zeros((10, 2)), np.array([[0, 1], [0, 0]] * 5)
