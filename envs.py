@@ -108,6 +108,10 @@ class Env:
         """What compact prompts show of the first observation."""
         return initial
 
+    def glimpse(self, observation: str) -> str:
+        """What compact prompts keep of an observation once it is not the last."""
+        return ""
+
     def anchor(self) -> str | None:
         """Key of the present state for GiGPO's step groups; None takes the observation."""
         return None

@@ -360,7 +360,10 @@ def compact_state(env: Env, initial: str, records: Records, history: int) -> lis
         return [env.gist(initial)]
     lines = []
     if not env.is_markov:
-        lines = [env.gist(initial), *(action for action, _, _ in records[-history:])]
+        lines = [env.gist(initial)]
+        for action, observation, _ in records[-history:]:
+            seen = env.glimpse(observation)
+            lines.append(f"{action}: {seen}" if seen else action)
     return [*lines, records[-1][1]]
 
 

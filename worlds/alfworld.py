@@ -1058,6 +1058,10 @@ class AlfWorld(Env):
         """The task alone: where one can go stands among the actions."""
         return initial.rpartition("\n")[2]
 
+    def glimpse(self, observation: str) -> str:
+        """The things seen: "On the desk 1, you see a pen 1, and a mug 2." gives "pen 1, mug 2"."""
+        return ", ".join(re.findall(r"\ba (\w+ \d+)", observation))
+
     def anchor(self) -> str:
         """What differs from the start: equal in equal states of the same game."""
         return " ".join(" ".join(fact) for fact in sorted(self.state.facts ^ self.state.game.start))

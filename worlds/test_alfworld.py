@@ -8,9 +8,11 @@ genuine files, which are no part of this repository, in $LAMER_DATA/alfworld, by
 data/alfworld beside the recorded cases. Without these files such tests are skipped.
 """
 
+import itertools
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -36,6 +38,7 @@ from alfworld import (  # noqa: E402
 )
 
 from envs import make_env  # noqa: E402
+from policy import Recorder, scripted_trial  # noqa: E402
 
 GOLDEN = Path(os.environ.get("LAMER_GOLDEN", HERE.parent / "golden"))
 DATA = Path(os.environ.get("LAMER_DATA", GOLDEN.parent / "data")) / "alfworld"
@@ -763,3 +766,17 @@ def test_bad_options_end_in_one_clear_line(options):
     with pytest.raises(ValueError, match="--") as error:
         AlfWorld(**options)
     check_line(str(error.value))
+
+
+def test_a_compact_prompt_shows_what_a_note_is_made_of():
+    """Else no policy could learn to write it: things seen, also those seen long ago."""
+    env, rng, num_notes = make_env("alfworld", receptacles=8, objects=8), random.Random(0), 0
+    for seed in range(60):
+        recorder = Recorder()
+        scripted_trial(env, seed, 3, recorder, 0.0, rng, style="compact", max_prompt=10**6)
+        for prompt, reply in itertools.pairwise(recorder.texts):
+            if reply.startswith("<remark>"):
+                named = re.findall(r"\w+ \d+", reply)
+                assert all(name in prompt for name in named), (prompt, reply)
+                num_notes += 1
+    assert num_notes > 20
