@@ -2799,7 +2799,7 @@ def test_help_shows_options_with_meaning_and_default(command, dice, capsys):
     assert "--boxes INT" in own and "--mines" not in own and "--steps" not in own
 
 
-def test_help_runs_no_file_that_is_not_named(dice, tmp_path, capsys):
+def test_no_file_is_run_that_is_not_named(dice, tmp_path, capsys):
     checkpoint = tmp_path / "run" / "step_000001"
     checkpoint.mkdir(parents=True)
     saved = {"step": 1, "config": {"env": f"{dice}:Dice"}}
@@ -2812,7 +2812,11 @@ def test_help_runs_no_file_that_is_not_named(dice, tmp_path, capsys):
     ):
         assert "--sides" not in help_of(main, *flags, capsys=capsys)
         assert not trace.exists()
-    given = train.parse_flags(evaluation.EvalConfig, ["--model", str(run), "--sides", "4"], "")
+    flags = ["--model", str(run), "--sides", "4"]
+    with pytest.raises(ValueError, match=f"only when named: --env {dice}:Dice"):
+        train.parse_flags(evaluation.EvalConfig, flags, "")
+    assert not trace.exists()
+    given = train.parse_flags(evaluation.EvalConfig, [*flags, "--env", f"{dice}:Dice"], "")
     assert given["env_options"] == {"sides": 4} and trace.exists()
 
 
@@ -3179,6 +3183,17 @@ def test_eval_does_what_its_options_say(memory, tiny, tmp_path, monkeypatch, cap
     assert [task["seed"] for task in result["tasks"]] == seeds
     assert result["shortened"] == sum(trial.num_shortened for trial in trials)
     assert "generate), 4 trials at once" in printed.err
+
+
+def test_the_checksum_is_that_of_the_tasks():
+    """Of what they show at their start, not of how they are played."""
+    config = train.make_config(env="minesweeper", device="cpu")
+    tasks = evaluation.play_scripted(config, range(4))
+    same = evaluation.play_scripted(replace(config, episodes=1), range(4))
+    assert evaluation.checksum(tasks) == evaluation.checksum(same)
+    other = evaluation.play_scripted(replace(config, env_options={"mines": 4}), range(4))
+    checksums = {evaluation.checksum(each) for each in (tasks, other, tasks[:3], tasks[::-1])}
+    assert len(checksums) == 4
 
 
 def test_the_scripted_row_is_that_of_full_skill():

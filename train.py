@@ -382,6 +382,8 @@ def parse_flags(cls: type, argv: Sequence[str], description: str) -> dict[str, A
     if env is None and not {"-h", "--help"} & {*argv}:  # help runs no file but that of --env
         saved = saved_config(newest_checkpoint(named.resume or named.model or ""))
         env = saved.get("env")
+        if ".py:" in str(env):  # a model from somebody else must not choose what code runs here
+            raise ValueError(f"that run played {env}; a file runs only when named: --env {env}")
     env = env or Config.env
 
     flags = {}
