@@ -2157,7 +2157,9 @@ def test_update_adds_entropy_kl_and_value_terms(tiny, batch):
     assert stats["value_loss"] == pytest.approx(error.item() / len(turns), rel=1e-4)
 
 
-def test_an_update_that_runs_out_of_memory_goes_on_with_smaller_batches(tiny, batch, capsys):
+def test_an_update_that_runs_out_of_memory_goes_on_with_smaller_batches(
+    tiny, batch, capsys, monkeypatch
+):
     def updated(most_nodes, **options):
         config, policy, optimizer = learner(tiny, microbatch_tokens=1200, **options)
         forward = policy.forward
@@ -2179,8 +2181,24 @@ def test_an_update_that_runs_out_of_memory_goes_on_with_smaller_batches(tiny, ba
         assert dtype == "bfloat16" or largest_gap(weights, same_weights) < 1e-5
         said = [line for line in capsys.readouterr().err.splitlines() if "out of memory" in line]
         assert [line.split()[-1] for line in said] == ["600", "300"]
+    _, weights, _ = updated(10**6)
+    # With the gradients of two micro-batches at hand, which must not be counted twice.
+    monkeypatch.setattr(lamer, "clipped_loss", no_memory_at(3, lamer.clipped_loss))
+    _, same_weights, tokens = updated(10**6)
+    assert tokens == 600 and largest_gap(weights, same_weights) < 1e-5
     with pytest.raises(torch.OutOfMemoryError, match="no memory"):
         updated(100)
+
+
+def test_the_gap_to_the_sampler_is_that_before_the_first_step(tiny, batch):
+    config, policy, optimizer = learner(tiny, minibatch=50, lr=1e-2)
+    stats = update(config, policy, optimizer, batch)
+    assert stats["updates"] > 1 and stats["approx_kl"] > 1e-3
+    assert 0 < stats["sampler_gap"] < 1e-5
+    for turn in turns_of(batch):
+        turn.logps = [logp - 0.25 for logp in turn.logps]
+    config, policy, optimizer = learner(tiny, minibatch=50, lr=1e-2)
+    assert update(config, policy, optimizer, batch)["sampler_gap"] == pytest.approx(0.25, abs=1e-5)
 
 
 def test_a_rollout_that_runs_out_of_memory_begins_anew_with_fewer_rows(tiny, played, capsys):
