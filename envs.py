@@ -55,7 +55,7 @@ def require(is_fine: bool, message: str) -> None:
 def reason(error: BaseException) -> str:
     """An exception in one line. A full disk is an OSError, RuntimeError or SafetensorError."""
     line = next(iter(str(error).strip().splitlines()), "")
-    return f"{type(error).__name__}: {line[:160]}"
+    return f"{type(error).__name__}: {line[:120]}"
 
 
 class Env:

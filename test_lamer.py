@@ -2367,7 +2367,7 @@ def test_the_value_head_learns_and_leaves_the_policy_alone(tiny, batch):
     config, policy, optimizer = learner(tiny, value_head, **options)
     losses = []
     for step in range(60):
-        lamer.compute_values(policy, batch, 2000)
+        lamer.compute_values(policy, batch, config)
         lamer.ppo_advantages(batch, 0.95, 0.6)
         losses.append(update(config, policy, optimizer, batch, step=step)["value_loss"])
     turns = turns_of(batch)
@@ -2756,7 +2756,7 @@ def test_credit_is_assigned_as_the_options_say(tmp_path):
     discounts = "--gamma_step 0.9 --gamma_traj 0.5"
     trials = credit()
     lamer.compute_returns(trials, "official", 0.9, 0.5)
-    lamer.compute_values(value, trials, 9)
+    lamer.compute_values(value, trials, train.Config(device="cpu"))
     lamer.ppo_advantages(trials, 0.9, 0.5, gae_lambda=0.7)
     lamer.penalize_invalid(trials, 0.5, "cpu")
     given = credit(f"--estimator ppo --credit official --gae_lambda 0.7 {discounts}")
