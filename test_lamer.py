@@ -2170,7 +2170,7 @@ def test_an_update_that_runs_out_of_memory_goes_on_with_smaller_batches(
             return forward(turns, *args)
 
         policy.forward = bounded
-        stats = update(config, policy, optimizer, copy.deepcopy(batch))
+        stats = update(config, policy, optimizer, copy.deepcopy(batch[:8]))
         return stats, policy.state_dict(), config.microbatch_tokens
 
     for dtype in ("float32", "bfloat16"):  # the latter also scores before it updates
@@ -2279,6 +2279,28 @@ def test_what_goes_wrong_is_said_once(tmp_path, capsys):
     log.add("rows", good | {"step": 1, "prompt_gap": None})
     log.add("rows", {"step": 1, "valid": 0.9})
     assert not capsys.readouterr().err, "a policy that wins need not vary"
+
+
+def test_tensorboard_gets_every_number(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="--tensorboard: pip install tensorboard"):
+        train.make_config(env="lockbox", device="cpu", tensorboard=True)
+    log, written = train.Log(train.Config(out=str(tmp_path)), is_first=True), []
+    log.board = SimpleNamespace(add_scalar=lambda *args: written.append(args))
+    row = dict(step=7, success=[0.25, 0.5], loss=math.nan, seconds={"rollout": 2.0}, turns=9)
+    log.add("metrics", row)
+    expected = [("step", 7), ("success 1", 0.25), ("success 2", 0.5), ("seconds rollout", 2.0)]
+    expected = [(f"metrics/{name}", number, 7) for name, number in [*expected, ("turns", 9)]]
+    assert written == expected, "but for what is no number"
+
+
+def test_a_run_draws_its_success_where_it_can(tmp_path):
+    pytest.importorskip("matplotlib")
+    log = train.Log(train.Config(out=str(tmp_path)), is_first=True)
+    for step in (0, 25):
+        log.add("evals", {"step": step, "success": [0.1, 0.2 + step / 100]})
+    train.draw_success(tmp_path)
+    assert (tmp_path / "success.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_run_without_finite_gradients_stops(finished_run, tmp_path, monkeypatch):
