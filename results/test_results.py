@@ -141,6 +141,7 @@ document.body.textContent = "FOUND" + JSON.stringify(steps) + "END";
 </script>"""
 
 
+@pytest.mark.slow
 def test_a_replay_in_a_browser(tmp_path):
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if not browser:

@@ -186,7 +186,7 @@ def check_broken(world, is_genuine, folder, num_cases):
     assert peak_memory() - before < 5e8
 
 
-@pytest.mark.parametrize("num_cases", [60, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_cases", [30, pytest.param(2000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("is_genuine", [False, True])
 @pytest.mark.parametrize("world", ["webshop", "alfworld"])
 def test_broken_files_load_or_are_named(world, is_genuine, num_cases, tmp_path):
