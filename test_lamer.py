@@ -994,7 +994,7 @@ def check_rubbish(name, options, num_turns):
     assert len(seen) == 6, "both phases with replies of both kinds, and both ends"
 
 
-@pytest.mark.parametrize("num_turns", [200, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_turns", [500, pytest.param(10_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("name", "options"), GAMES)
 def test_rubbish_breaks_no_environment(name, options, num_turns):
     check_rubbish(name, options, num_turns)
