@@ -417,7 +417,8 @@ class UnsupportedModelError(ValueError):
 
 
 PREFILL_TOKENS = 8192  # of new prompts computed at once, padding included
-PASS_TOKENS = {"cpu": 64, "cuda": 1024}  # whose work takes the time that any pass takes beside it
+# Whose work takes the time that any pass takes beside it: tried on a CPU, a guess for GPUs.
+PASS_TOKENS = {"cpu": 64, "cuda": 1024}
 
 
 def prefill_batches(
