@@ -34,6 +34,7 @@ from typing import Any
 import numpy as np
 
 WIN_REWARD = 10.0  # what solving the task pays, in all of LaMer's environments and in Lockbox
+Records = Sequence[tuple[str, str, bool]]  # (action, observation after it, done), one per turn
 EVAL_SEED = 2**31  # evaluation tasks have seeds from here on, training tasks below
 
 
@@ -104,13 +105,12 @@ class Env:
         """How histories show an observation that is not among their last."""
         return "..."
 
-    def gist(self, initial: str) -> str:
-        """What compact prompts show of the first observation."""
-        return initial
-
-    def glimpse(self, observation: str) -> str:
-        """What compact prompts keep of an observation once it is not the last."""
-        return ""
+    def brief(self, initial: str, records: Records, choices: str = "") -> str:
+        """What compact prompts show of an episode, with the list of the choices one has."""
+        lines = [observation for _, observation, _ in records[-1:]]
+        if not records or not self.is_markov:
+            lines = [initial, *(action for action, _, _ in records), *lines]
+        return "\n".join(filter(None, [*lines, choices]))
 
     def anchor(self) -> str | None:
         """Key of the present state for GiGPO's step groups; None takes the observation."""

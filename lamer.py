@@ -39,7 +39,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.utils.checkpoint import checkpoint
 
-from envs import Env, between
+from envs import Env, Records, between
 
 # ------------------------------------------------------------------------------ the trial
 
@@ -82,9 +82,6 @@ def make_turn(prompt_ids: list[int], reply_ids: list[int]) -> Turn:
         observation="",
         anchor="",
     )
-
-
-Records = Sequence[tuple[str, str, bool]]  # (action, observation after it, done), one per turn
 
 
 class PastEpisode(NamedTuple):
@@ -302,7 +299,7 @@ def play_prompt(
     options = env.actions()
     choices = "You can choose from: " + ", ".join(options) if options else ""
     if style == "compact":
-        sections += ["now", *compact_state(env, initial, records, history), choices, "act"]
+        sections += ["now", env.brief(initial, records[-history:], choices), "act"]
         return join("\n", sections)
     if seen:
         sections.append(f"This is episode {episode + 1}, again from the start.")
@@ -326,7 +323,7 @@ def reflection_prompt(
     """The prompt for a reflection on the episode just failed."""
     if style == "compact":
         sections = [env.rules("compact"), initial if env.plans_from_start else "", "now"]
-        sections += [*compact_state(env, initial, records, history), "reflect"]
+        sections += [env.brief(initial, records[-history:]), "reflect"]
         return join("\n", sections)
     sections = [
         env.rules("full"),
@@ -352,19 +349,6 @@ def format_history(env: Env, records: Records, num_observations: int, length: in
         if done:
             break
     return "\n".join(lines)
-
-
-def compact_state(env: Env, initial: str, records: Records, history: int) -> list[str]:
-    """The last observation, and what else it takes to know the state of an episode."""
-    if not records:
-        return [env.gist(initial)]
-    lines = []
-    if not env.is_markov:
-        lines = [env.gist(initial)]
-        for action, observation, _ in records[-history:]:
-            seen = env.glimpse(observation)
-            lines.append(f"{action}: {seen}" if seen else action)
-    return [*lines, records[-1][1]]
 
 
 def join(separator: str, sections: Iterable[str]) -> str:

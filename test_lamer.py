@@ -1071,17 +1071,20 @@ class Letters:
 def test_prompts_show_as_much_history_as_the_environment_says():
     env = Counter(goal=9, words=0)
     env.history_length, env.history_observations = 2, 1
-    env.shorten, env.gist = lambda text: f"({text.strip()})", lambda text: text.upper()
-    env.glimpse = lambda text: "three" if text.startswith("3") else ""
+    env.shorten, env.actions = lambda text: f"({text.strip()})", lambda: ["1", "2"]
     replies = [f"<action>{n}</action>" for n in range(5)] + ["<remark></remark>"]
     full, _ = talk(run_trial(env, 7, 2, Letters()), *replies)
     history = "Action 3: 2\nObservation 3: (3)\nAction 4: 3\nObservation 4:\n4 \n"
     assert history in full[4][1] and "Action 2" not in full[4][1]
     assert "Action 1" in full[5][1]  # the reflection sees the whole episode
     compact, _ = talk(run_trial(env, 7, 2, Letters(), style="compact"), *replies)
-    assert compact[0][1] == "now\nSTART 7\nact"
-    assert compact[4][1] == "now\nSTART 7\n2: three\n3\n4 \nact"
-    assert compact[5] == ("reflect", "now\nSTART 7\n0\n1\n2: three\n3\n4\n5 \nreflect")
+    choices = "You can choose from: 1, 2"
+    assert compact[0][1] == f"now\nstart 7\n{choices}\nact"
+    assert compact[4][1] == f"now\nstart 7\n2\n3\n4 \n{choices}\nact"
+    assert compact[5] == ("reflect", "now\nstart 7\n0\n1\n2\n3\n4\n5 \nreflect")
+    env.is_markov = True
+    compact, _ = talk(run_trial(env, 7, 2, Letters(), style="compact"), *replies)
+    assert compact[4][1] == f"now\n4 \n{choices}\nact"
 
 
 def test_a_trial_ends_at_the_first_success():

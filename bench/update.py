@@ -7,9 +7,10 @@ Two settings: `paper`, Sokoban's prompts in full and mini-batches of 64 turns, a
 with a small body; `tiny`, MineSweeper as the recipe has it. Turns are a scripted player's, their
 replies lengthened with random tokens to a share of all tokens. The plain update is what one writes
 first: rows padded to a rectangle, logits of all positions, one softmax; it is slow, so it gets 8
-turns of each mini-batch. Every measurement is a process of its own with one thread; all count the
-plain tokens, prompts and replies, of the same kind of mini-batches as training draws. Prints
-medians and ratios within the rounds.
+turns of each mini-batch. Where replies are half of all tokens, every code gets 16 neighbours, by
+their tokens, out of the mini-batch: what shares a pack of it does so there, too. Every measurement
+is a process of its own with one thread; all count the plain tokens, prompts and replies, of the
+same kind of mini-batches as training draws. Prints medians and ratios within the rounds.
 """
 
 import argparse
@@ -66,7 +67,10 @@ def make_minibatches(setting: str, share: float) -> tuple:
         heads = dict(num_attention_heads=8, num_key_value_heads=4)
         shape = Qwen3Config(vocab_size=151_936, tie_word_embeddings=True, **sizes, **heads)
     minibatches = train.deal_minibatches(config, trials, range(len(trials)), step=0)
-    return config, Qwen3ForCausalLM(shape).eval(), minibatches[:num_timed]
+    minibatches = minibatches[:num_timed]
+    if share == 0.5:
+        minibatches = [sorted(m, key=lambda turn: turn.prompt_ids)[24:40] for m in minibatches]
+    return config, Qwen3ForCausalLM(shape).eval(), minibatches
 
 
 def plain_update(model, optimizer, minibatches: list, config) -> None:

@@ -30,7 +30,7 @@ from heapq import heappop, heappush
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from envs import EVAL_SEED, WIN_REWARD, Env, derive_seed
+from envs import EVAL_SEED, WIN_REWARD, Env, Records, derive_seed
 
 
 def table(text: str) -> dict[str, list[str]]:
@@ -921,6 +921,24 @@ def find_plan(state: State, way: frozenset[Atom], limit: int = MAX_PLAN) -> list
 # ------------------------------------------------------------------------ LaMer's episode
 
 
+NAME = r"\w+ \d+"  # of a thing: "mug 2"
+
+
+def glimpse(observation: str) -> str:
+    """What an observation says beyond its command: "On the desk 1, you see a pen 1." gives "pen 1".
+
+    "done" where a command did what it says; nothing is lost but the order of words.
+    """
+    if re.match(r"You (pick up|put|move|close|turn on|sliced|clean|heat|cool)\b", observation):
+        return "done"
+    seen = ", ".join(re.findall(rf"\ba ({NAME})", observation))
+    if seen:
+        return seen
+    if observation.endswith("is closed."):
+        return "closed"
+    return "nothing" if observation.endswith("you see nothing.") else observation
+
+
 class AlfWorld(Env):
     """ALFWorld as LaMer plays it: 10 points at the winning turn, admissible commands in the prompt.
 
@@ -1054,13 +1072,19 @@ class AlfWorld(Env):
     def actions(self) -> list[str]:
         return sorted(command for command in self.options if command != "help")
 
-    def gist(self, initial: str) -> str:
-        """The task alone: where one can go stands among the actions."""
-        return initial.rpartition("\n")[2]
+    def brief(self, initial: str, records: Records, choices: str = "") -> str:
+        """The places, the task, and a line a turn, "go to desk 1: pen 1, mug 2".
 
-    def glimpse(self, observation: str) -> str:
-        """The things seen: "On the desk 1, you see a pen 1, and a mug 2." gives "pen 1, mug 2"."""
-        return ", ".join(re.findall(r"\ba (\w+ \d+)", observation))
+        Of the choices, most of a prompt, only what is in reach and not named yet is kept: two
+        places can be one. Prompts of an episode begin alike, so an update computes little more than
+        a line a turn.
+        """
+        turns = [f"{action}: {glimpse(observation)}" for action, observation, _ in records]
+        if choices:
+            near = [command for command in self.actions() if not command.startswith("go to ")]
+            new = set(re.findall(NAME, " ".join(near))) - set(re.findall(NAME, " ".join(turns)))
+            turns += ["here: " + ", ".join(sorted(new))] if new else []
+        return "\n".join([glimpse(initial), initial.rpartition("\n")[2], *turns])
 
     def anchor(self) -> str:
         """What differs from the start: equal in equal states of the same game."""

@@ -32,6 +32,7 @@ from alfworld import (  # noqa: E402
     AlfWorld,
     State,
     find_plan,
+    glimpse,
     load_game,
     make_game,
     parse_problem,
@@ -283,7 +284,8 @@ def test_texts():
         "a cabinet 2, a cabinet 1, a desk 1, a fridge 1, a microwave 1, and a sinkbasin 1.\n\n"
         "Your task is to: do it."
     )
-    assert env.gist(env.observation) == "Your task is to: do it."
+    places = "cabinet 2, cabinet 1, desk 1, fridge 1, microwave 1, sinkbasin 1"
+    assert env.brief(env.observation, [], "choices") == f"{places}\nYour task is to: do it."
     nothing, opened = "Nothing happens.", "The fridge 1 is open. In it, you see a apple 1."
     middle = "You are in the middle of a room. Looking quickly around you, you see nothing."
     facing = "You are facing the fridge 1, and microwave 1. Next to it, you see nothing."
@@ -766,6 +768,33 @@ def test_bad_options_end_in_one_clear_line(options):
     with pytest.raises(ValueError, match="--") as error:
         AlfWorld(**options)
     check_line(str(error.value))
+
+
+def test_a_compact_prompt_names_all_that_actions_are_about():
+    """It has no list of them, so what they are made of must have been shown."""
+    env, rng = make_env("alfworld", receptacles=8, objects=8), random.Random(0)
+    for seed in range(30):
+        initial, _ = env.reset(seed)
+        records = []
+        while len(records) < 10:
+            named = set(re.findall(r"\w+ \d+", " ".join(env.actions())))
+            shown = env.brief(initial, records, "the list")
+            assert "the list" not in shown
+            assert named <= set(re.findall(r"\w+ \d+", shown)), shown
+            action = rng.choice(env.actions() + ["jump"])
+            observation, _, terminated, truncated, _ = env.step(action)
+            records.append((action, observation, terminated or truncated))
+            if records[-1][2]:
+                break
+    for observation, shown in (
+        ("Nothing happens.", "Nothing happens."),
+        ("You arrive at fridge 1. The fridge 1 is closed.", "closed"),
+        ("You open the fridge 1. The fridge 1 is open. In it, you see nothing.", "nothing"),
+        ("On the desk 1, you see a pen 1, and a mug 2.", "pen 1, mug 2"),
+        ("You pick up the pen 1 from the desk 1.", "done"),
+        ("This is a hot mug 2.", "This is a hot mug 2."),
+    ):
+        assert glimpse(observation) == shown
 
 
 def test_a_compact_prompt_shows_what_a_note_is_made_of():

@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from envs import EVAL_SEED, WIN_REWARD, Env, between, derive_seed
+from envs import EVAL_SEED, WIN_REWARD, Env, Records, between, derive_seed
 
 # --------------------------------------------------------------------- products and goals
 
@@ -943,7 +943,7 @@ class Session:
         elif self.page == "item":
             lines.append(product.brief)
             for name, values in product.options.items():
-                lines.append(f"{name}: {' '.join(values)}")
+                lines.append(f"{name}: {' '.join(f'[{value}]' for value in values)}")
             if chosen:
                 lines.append(f"chosen {chosen}")
         elif self.page == "done":
@@ -999,7 +999,6 @@ class WebShop(Env):
         self.shop = open_shop(data, products, human_goals, shop_seed)
         self.turn_limit, self.original = turns, original
         self.compact = not has_data if compact is None else compact
-        self.is_markov = self.compact  # short pages show the whole state
 
         goals = range(len(self.shop.goals)) if original else self.shop.winnable
         num_goals = len(self.shop.goals)
@@ -1112,6 +1111,12 @@ class WebShop(Env):
             return clicks
         search = ["search[<your query>]"]
         return search + clicks if self.original else search
+
+    def brief(self, initial: str, records: Records, choices: str = "") -> str:
+        """The last page, if short: it tells all, its buttons too."""
+        if not self.compact:
+            return super().brief(initial, records, choices)
+        return records[-1][1] if records else initial
 
     def anchor(self) -> str | None:
         if self.original:
