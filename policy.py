@@ -240,7 +240,7 @@ def scripted_trial(
         return stop.value
 
 
-WARM_VERSION = 2  # raise it when the same options would make another policy
+WARM_VERSION = 3  # raise it when the same options would make another policy
 
 
 def warm_policy(config: Any) -> Path:
@@ -340,14 +340,15 @@ def warm_up_and_down(step: int, steps: int) -> float:
 def scripted_batches(
     env: Env, chat: Chat, config: Any, rng: random.Random, play: dict[str, Any]
 ) -> Iterator[list[Turn]]:
-    """Endless batches of turns of the scripted player.
+    """Endless batches of whole trials of the scripted player, of at least warm_batch turns.
 
     Of the turns after an episode's first, where memory matters less, the environment's warm_share
-    is kept.
+    is kept. Turns of a trial have much in common, which is computed once.
     """
-    pool, num_trials = [], 0
+    num_trials = 0
     while True:
-        while len(pool) < 4 * config.warm_batch:  # several trials, so that a batch mixes them
+        batch: list[Turn] = []
+        while len(batch) < config.warm_batch:
             num_trials += 1
             seed = derive_seed("warm", config.seed, num_trials) % 2**31
             trial = scripted_trial(env, seed, chat=chat, skill=env.warm_skill, rng=rng, **play)
@@ -355,9 +356,7 @@ def scripted_batches(
                 is_first = before is None or before.episode != turn.episode
                 is_kept = is_first or turn.phase == "reflect" or env.warm_share == 1
                 if is_kept or rng.random() < env.warm_share:
-                    pool.append(turn)
-        rng.shuffle(pool)
-        batch, pool = pool[: config.warm_batch], pool[config.warm_batch :]
+                    batch.append(turn)
         yield batch
 
 

@@ -167,7 +167,7 @@ class Config:
     dtype: str = option("bfloat16", "of sampler and products; weights are fp32", choices=DTYPES)
     # the warm start, and the tiny policy
     warm_steps: int = option(0, "steps of imitating a scripted player, before RL", least=0)
-    warm_batch: int = option(32, "turns per step of imitation", least=1)
+    warm_batch: int = option(32, "turns per step of imitation, of whole trials", least=1)
     warm_lr: float = option(1e-4, "peak learning rate of imitation", above=0, most=1)
     warm_episodes: int = option(3, "episodes per imitated trial, if --episodes is less", least=1)
     tiny_hidden: int = option(128, "width", least=8)

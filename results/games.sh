@@ -2,6 +2,7 @@
 # The games: meta-RL and RL of equal budget, both from one warm start; is the memory used?
 #   results/games.sh tiny FOLDER minesweeper 0 1 2       seeds; 20 minutes each on one core
 #   results/games.sh smollm2 FOLDER minesweeper 0        a model's folder (bench/smollm2.py)
+# TASKS=1024 plays that many fixed tasks where 256 are the rule.
 # FOLDER is where runs are kept. What is done is skipped, and a killed run goes on; the results are
 # results/ENV-MODEL-METHOD-sSEED-MEMORY.json, METHOD being warm, meta or rl.
 set -euo pipefail
@@ -11,6 +12,10 @@ cd "$(dirname "$0")/.."
 flags=(--env "$env" --model "$model" --device cpu)
 [ "$model" = tiny ] || flags+=(--style compact --warm_steps 60 --eval_every 0 --save_every 1)
 mkdir -p "$runs"
+novice=results/$env-$name-novice-s0-
+if [ "$model" = tiny ] && [ ! -f "${novice}none.json" ]; then # whom the warm start imitates
+    python results/teacher.py "$env" "$novice"
+fi
 for seed in "${seeds[@]}"; do
     for method in warm meta rl; do
         case $method in
@@ -28,7 +33,8 @@ for seed in "${seeds[@]}"; do
         for memory in reflection swapped none; do
             [ $method = rl ] && [ $memory != none ] && continue
             [ -f "results/$key-$memory.json" ] && continue
-            python eval.py --model "$out" --memory $memory --json "results/$key-$memory.json"
+            python eval.py --model "$out" --memory $memory --json "results/$key-$memory.json" \
+                --num_tasks "${TASKS:-256}"
         done
     done
 done

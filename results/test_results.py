@@ -20,6 +20,7 @@ import diversity  # noqa: E402
 import replay  # noqa: E402
 import swap  # noqa: E402
 import table  # noqa: E402
+import teacher  # noqa: E402
 
 import train  # noqa: E402
 from envs import make_env  # noqa: E402
@@ -82,6 +83,18 @@ def test_differences_by_hand():
     text = table.compare({"0": wins, "1": wins, "2": wins}, {"0": none, "1": half})
     assert text.startswith("+75.0 [") and text.endswith("(+100.0, +50.0)")
     assert table.success({"0": half, "1": wins}) == "50 / 75 (50..100)"
+
+
+@pytest.mark.parametrize(("name", "gain"), [("alfworld", 5), ("minesweeper", 3), ("webshop", 3)])
+def test_the_imitated_player_needs_its_own_notes(name, gain, tmp_path, capsys):
+    """Else its pupil could not learn to use them: tasks won by own notes and not by others'."""
+    teacher.main([name, f"{tmp_path}/", "96"])
+    won = {}
+    for memory in ("reflection", "swapped", "none"):
+        row = json.loads((tmp_path / f"{memory}.json").read_text())
+        won[memory] = sum(task["won_in"] is not None for task in row["tasks"])
+    assert won["reflection"] >= won["swapped"] + gain, won
+    assert won["reflection"] >= won["none"] + gain, won
 
 
 class Text(Recorder):
