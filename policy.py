@@ -252,11 +252,10 @@ def warm_policy(config: Any) -> Path:
     before RL, no part of the paper: a large model needs none, and a baseline starts from the same.
     """
     env = make_env(config.env, **config.env_options)
-    is_tiny = config.model == "tiny"
     if config.tiny_hidden % 8:
         raise ValueError(f"--tiny_hidden must be a multiple of 8, not {config.tiny_hidden}")
     if not env.has_scripted_player():
-        remedy = "give another --model" if is_tiny else "leave out --warm_steps"
+        remedy = "give another --model" if config.model == "tiny" else "leave out --warm_steps"
         raise ValueError(f"{env.name} has no scripted player to imitate; {remedy}")
     # An RL baseline, of single episodes, starts from the same policy.
     episodes = max(config.episodes, config.warm_episodes)
@@ -264,51 +263,11 @@ def warm_policy(config: Any) -> Path:
     recorder, rng = Recorder(), random.Random(config.seed)
     for seed in range(64):
         scripted_trial(env, seed, chat=recorder, skill=env.warm_skill, rng=rng, **play)
-
-    names = ["seed", "warm_steps", "warm_batch", "warm_lr", "model"]
-    names += ["tiny_hidden", "tiny_layers"] if is_tiny else ["dtype"]
-    options = {name: getattr(config, name) for name in names}
-    # The texts stand for the environment's rules, which a user may be editing; so may a model be.
-    files = [(str(p), p.stat().st_mtime) for p in sorted(Path(config.model).glob("*.safetensors"))]
-    key = json.dumps([WARM_VERSION, options, play, config.env_options, recorder.texts, files])
-    key = hashlib.sha256(key.encode()).hexdigest()[:12]
-    cache = Path(os.environ.get("LAMER_CACHE", "~/.cache/lamer")).expanduser()
-    folder = cache / f"{Path(config.model).name}-{env.name}-{key}"
+    folder = warm_folder(config, env.name, play, recorder.texts)
     if folder.is_dir():
         return folder
 
-    torch.manual_seed(config.seed)
-    if is_tiny:
-        tokenizer = make_tokenizer(recorder.texts)
-        chat = Chat(tokenizer)
-        model = Qwen3ForCausalLM(tiny_shape(config, len(tokenizer), tokenizer.eos_token_id))
-        optimizers = make_optimizers(model, config.warm_lr)
-    else:
-        model, chat = load_policy(config.model, torch.float32, config.device)
-        tokenizer = chat.tokenizer
-        optimizers = [torch.optim.AdamW(model.parameters(), config.warm_lr, weight_decay=0.0)]
-        if config.grad_checkpoint:
-            model.activation_checkpointing_enable({"use_reentrant": False})
-    policy = Policy(model, chat.vocab_size, bf16=not is_tiny and config.dtype == "bfloat16")
-    policy.check_trees(chat.encode(recorder.texts[0]))
-    schedule = partial(warm_up_and_down, steps=config.warm_steps)
-    schedulers = [torch.optim.lr_scheduler.LambdaLR(each, schedule) for each in optimizers]
-    batches = scripted_batches(env, chat, config, rng, play)
-    bar = tqdm(
-        range(config.warm_steps),
-        desc=f"warm start on {env.name}",
-        mininterval=1,
-        file=sys.stderr,
-    )
-    for _ in bar:
-        loss = imitate(policy, next(batches), config.microbatch_tokens, with_prompts=is_tiny)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
-            optimizer.step()
-            scheduler.step()
-        model.zero_grad()
-        bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-
+    model, tokenizer = imitator(env, config, rng, play, recorder.texts)
     config = replace(config, episodes=episodes, memory="reflection", out="")
     draft = folder.with_name(f"{folder.name}.{os.getpid()}.unfinished")
     try:
@@ -320,6 +279,54 @@ def warm_policy(config: Any) -> Path:
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return folder
+
+
+def warm_folder(config: Any, env_name: str, play: dict[str, Any], texts: Sequence[str]) -> Path:
+    """Where a warm-started policy is kept: its name has a hash of all that makes it what it is."""
+    names = ["seed", "warm_steps", "warm_batch", "warm_lr", "model"]
+    names += ["tiny_hidden", "tiny_layers"] if config.model == "tiny" else ["dtype"]
+    options = {name: getattr(config, name) for name in names}
+    # The texts stand for the environment's rules, which a user may be editing; so may a model be.
+    files = [(str(p), p.stat().st_mtime) for p in sorted(Path(config.model).glob("*.safetensors"))]
+    key = json.dumps([WARM_VERSION, options, play, config.env_options, texts, files])
+    key = hashlib.sha256(key.encode()).hexdigest()[:12]
+    cache = Path(os.environ.get("LAMER_CACHE", "~/.cache/lamer")).expanduser()
+    return cache / f"{Path(config.model).name}-{env_name}-{key}"
+
+
+def imitator(
+    env: Env, config: Any, rng: random.Random, play: dict[str, Any], texts: Sequence[str]
+) -> tuple[Any, Any]:
+    """A model taught to play as the scripted player, and its tokenizer; `texts` are samples."""
+    torch.manual_seed(config.seed)
+    is_tiny = config.model == "tiny"
+    if is_tiny:
+        tokenizer = make_tokenizer(texts)
+        chat = Chat(tokenizer)
+        model = Qwen3ForCausalLM(tiny_shape(config, len(tokenizer), tokenizer.eos_token_id))
+        optimizers = make_optimizers(model, config.warm_lr)
+    else:
+        model, chat = load_policy(config.model, torch.float32, config.device)
+        tokenizer = chat.tokenizer
+        optimizers = [torch.optim.AdamW(model.parameters(), config.warm_lr, weight_decay=0.0)]
+        if config.grad_checkpoint:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+    policy = Policy(model, chat.vocab_size, bf16=not is_tiny and config.dtype == "bfloat16")
+    policy.check_trees(chat.encode(texts[0]))
+    schedule = partial(warm_up_and_down, steps=config.warm_steps)
+    schedulers = [torch.optim.lr_scheduler.LambdaLR(each, schedule) for each in optimizers]
+    batches = scripted_batches(env, chat, config, rng, play)
+    name = f"warm start on {env.name}"
+    bar = tqdm(range(config.warm_steps), desc=name, mininterval=1, file=sys.stderr)
+    for _ in bar:
+        loss = imitate(policy, next(batches), config.microbatch_tokens, with_prompts=is_tiny)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
+            optimizer.step()
+            scheduler.step()
+        model.zero_grad()
+        bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+    return model, tokenizer
 
 
 def make_optimizers(model: Any, lr: float) -> list[torch.optim.Optimizer]:
