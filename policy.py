@@ -186,8 +186,9 @@ def tiny_shape(config: Any, vocab_size: int, eos_token_id: int) -> Qwen3Config:
         num_attention_heads=4,
         num_key_value_heads=4,
         head_dim=config.tiny_hidden // 4,
-        # wavelengths of 6 to some thousand tokens
-        rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
+        # Wavelengths from 6 tokens on; half of them far longer than a prompt, so that attention can
+        # also go by what stands there, wherever it stands.
+        rope_parameters={"rope_type": "default", "rope_theta": 1e5},
         attention_bias=True,  # lets a head look a fixed distance back, whatever stands there
         initializer_range=0.05,
         tie_word_embeddings=True,

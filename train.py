@@ -211,7 +211,12 @@ TINY_ENV_RECIPES = {
     "sokoban": dict(steps=120, warm_steps=500, warm_batch=48, env_options=dict(boxes=1)),
     "webshop": dict(steps=80, minibatch=128, max_prompt=256),
     "alfworld": dict(
-        steps=60, minibatch=128, max_prompt=256, env_options=dict(receptacles=8, objects=8)
+        steps=60,
+        minibatch=128,
+        max_prompt=256,
+        warm_steps=4700,
+        warm_lr=3e-3,
+        env_options=dict(receptacles=8, objects=8),
     ),
 }
 # A model of the hub small enough for a CPU, after a warm start; Lockbox's is found by trying
