@@ -789,10 +789,13 @@ class Policy(torch.nn.Module):
         self, states: Tensor, targets: Tensor, need_entropy_grad: bool
     ) -> tuple[Tensor, Tensor]:
         """Log-probabilities of the targets and entropies: (C, h), (C,) -> (C,), (C,)."""
-        logits = self.model.get_output_embeddings()(states)[:, : self.vocab_size]
-        logps = (logits.float() / self.temperature).log_softmax(-1)  # (C, V)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and need_entropy_grad):
-            entropies = -(logps.exp() * logps).sum(-1)  # (C,)
+        logits = self.model.get_output_embeddings()(states)[:, : self.vocab_size].float()
+        if self.temperature != 1:  # with a large vocabulary every pass over (C, V) costs
+            logits = logits / self.temperature
+        logps = logits.log_softmax(-1)  # (C, V)
+        is_needed = torch.is_grad_enabled() and need_entropy_grad
+        with torch.set_grad_enabled(is_needed), torch.autocast(states.device.type, enabled=False):
+            entropies = -torch.einsum("cv,cv->c", logps.exp(), logps)  # (C,)
         return logps.gather(-1, targets[:, None])[:, 0], entropies
 
 

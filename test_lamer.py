@@ -2901,7 +2901,9 @@ def test_what_is_imported():
 
 SMALL = "--env minesweeper --model tiny --device cpu --tiny_hidden 32 --tiny_layers 2"
 SMALL = f"{SMALL} --warm_steps 160 --warm_batch 32 --max_reply 32 --num_tasks 4 --group_size 4"
-SMALL = f"{SMALL} --eval_tasks 8 --minibatch 40 --eval_every 0".split()
+# With seed 0 one of the 2,878 draws of the first step is 3e-8 from the next token, and another
+# number of rows, as with two processes, rounds it there.
+SMALL = f"{SMALL} --eval_tasks 8 --minibatch 40 --eval_every 0 --seed 1".split()
 
 LOCKBOX = ["--env", "lockbox", "--model", "tiny", "--device", "cpu", "--eval_every", "0"]
 

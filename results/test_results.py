@@ -66,6 +66,27 @@ def test_minesweeper(name, way):
     assert cells_of(name)[0] == table.success(found)
 
 
+@pytest.mark.parametrize(
+    ("name", "results", "method"),
+    [
+        ("the player that is imitated", "alfworld-tiny", "novice"),
+        ("imitation, before RL | 31", "alfworld-tiny", "warm"),
+        ("imitation, then meta-RL", "alfworld-tiny", "meta"),
+        ("imitation, then RL of", "alfworld-tiny", "rl"),
+        ("imitation, before RL | 19", "minesweeper-smollm2", "warm"),
+        ("meta-RL | 20", "minesweeper-smollm2", "meta"),
+        ("RL of single episodes", "minesweeper-smollm2", "rl"),
+    ],
+)
+def test_one_seed(name, results, method):
+    found, expected = table.read(results), []
+    for memory in ("reflection", "swapped", "none"):
+        by_seed = found.get(f"{method}-{memory}")
+        expected.append(table.success(by_seed).partition(" (")[0] if by_seed else "")
+    [row] = [line for line in README.splitlines() if line.startswith(f"| {name}")]
+    assert [cell.strip() for cell in row.strip("|").split("|")][1:] == expected
+
+
 def test_first_episodes():
     found = table.read("swap-minesweeper-tiny")
     for name, other in (("the policy before RL", "start"), ("the scripted player", "scripted")):
