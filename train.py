@@ -1083,6 +1083,9 @@ def main(argv: Sequence[str]) -> None:
     print0(f"done: python eval.py --model {config.out}")
     if run.world > 1:
         dist.barrier()  # else one may tear down what another still needs
+        # DDP must die before its process group. The last to hold the group, it would wait for the
+        # group's thread with Python's lock in hand, which that thread may want: 1 run in 60 hung.
+        del run
         dist.destroy_process_group()
 
 
