@@ -17,6 +17,8 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 sys.path.insert(0, str(HERE.parent))
 import diversity  # noqa: E402
+import follows  # noqa: E402
+import passed  # noqa: E402
 import replay  # noqa: E402
 import swap  # noqa: E402
 import table  # noqa: E402
@@ -24,7 +26,7 @@ import teacher  # noqa: E402
 
 import train  # noqa: E402
 from envs import make_env  # noqa: E402
-from lamer import Reply, run_trial  # noqa: E402
+from lamer import PastEpisode, Reply, Trial, make_turn, run_trial  # noqa: E402
 from policy import Recorder, scripted_trial  # noqa: E402
 
 README = (HERE.parent / "README.md").read_text(encoding="utf-8")
@@ -212,6 +214,54 @@ def test_diversity_by_hand():
     assert diversity.normalized_entropy({"a": 8}) == 0
     assert diversity.normalized_entropy(dict.fromkeys("abcd", 1)) == pytest.approx(1)
     assert diversity.normalized_entropy({"a": 2, "b": 2}) == pytest.approx(1 / 2)
+
+
+def test_who_goes_where_the_notes_say():
+    def trial(actions, notes, won_in=None):
+        turns = [make_turn([1], [2]) for _ in actions]
+        for episode, (turn, action) in enumerate(zip(turns, actions, strict=True)):
+            turn.episode, turn.action = episode, action
+        past = [PastEpisode([], note) for note in notes]
+        return Trial(0, 3, turns=turns, past=past, won_in=won_in)
+
+    trials = [
+        trial(["look", "go to shelf 2"], ["pen 1 in shelf 2, mug 3 in desk 1"], 1),
+        trial(["look", "go to bed 1", "go to shelf 2"], ["pen 1 in shelf 2", "no mug in bed 1"]),
+        trial(["look", "go to bed 1"], ["no mug in bed 1"], 1),
+        trial(["go to bed 1"], ["no mug in bed 1"], 0),
+    ]
+    expected = {"went there": 2, "and won": 1, "went elsewhere": 1, "and won anyway": 0}
+    assert follows.places(trials) == expected | {"followed": 0.667}
+
+
+def test_what_is_certain_on_a_board():
+    board = ["?", "?", "1", ".", "1", "1", "1", "."] + ["."] * 8
+    assert passed.certain(board, 4, mines=1) == ({0}, {1})
+    assert passed.certain(["?"] * 4, 2, mines=1) == (set(), set())
+    env = make_env("minesweeper", size=4, mines=2, turns=15)
+    for seed in range(40):  # who only opens what is certain never loses; what is a mine is one
+        env.reset(seed)
+        while not env.won:
+            safe, mines = passed.certain(env.shown, 4, 2)
+            hidden = {i for i, number in enumerate(env.numbers) if number == "*"}
+            assert mines <= hidden and not safe & hidden
+            if not safe:
+                break
+            env.step((min(safe) // 4 + 1, min(safe) % 4 + 1))
+
+
+def test_what_is_passed_up():
+    """Of three turns the first opens a safe cell, the last a mine; between them a reply is void."""
+    env = make_env("minesweeper", size=4, mines=1)
+    for seed in range(100):
+        env.reset(seed)
+        safe, mines = passed.certain(env.shown, 4, 1)
+        if len(safe) > 1 and mines:
+            break
+    cells = [f"<action>({i // 4 + 1}, {i % 4 + 1})</action>" for i in (min(safe), min(mines))]
+    turns = [replace(make_turn([1], [2]), reply=reply) for reply in (cells[0], "what?", cells[1])]
+    row = passed.passed_up(env, [Trial(seed, 1, turns=turns)])
+    assert row == {"turns": 3, "opened_safe": 1 / 3, "opened_mine": 1 / 3}
 
 
 class Stub:
