@@ -241,6 +241,7 @@ def scripted_trial(
         return stop.value
 
 
+VOCABULARY_TRIALS = 256  # of 64, one in 50 pieces of a web shop's pages was still unknown
 WARM_VERSION = 3  # raise it when the same options would make another policy
 
 
@@ -262,7 +263,7 @@ def warm_policy(config: Any) -> Path:
     episodes = max(config.episodes, config.warm_episodes)
     play = dict(episodes=episodes, style=config.style, max_prompt=config.max_prompt)
     recorder, rng = Recorder(), random.Random(config.seed)
-    for seed in range(64):
+    for seed in range(VOCABULARY_TRIALS):
         scripted_trial(env, seed, chat=recorder, skill=env.warm_skill, rng=rng, **play)
     folder = warm_folder(config, env.name, play, recorder.texts)
     if folder.is_dir():
