@@ -38,6 +38,7 @@ from envs import EVAL_SEED, derive_seed, make_env
 from lamer import MEMORIES, Trial, print0
 from policy import (
     Recorder,
+    is_tiny,
     load_policy,
     newest_checkpoint,
     saved_config,
@@ -221,7 +222,7 @@ def prepare(argv: Sequence[str]) -> tuple[dict[str, Any], Config, str]:
         saved |= {"device": default_device()}
         config = config_from(saved, **changes | {"env_options": env_options})
     if "prompting" in given:
-        if config.style == "compact":
+        if is_tiny(source):
             raise ValueError(
                 "--prompting is for models that understand instructions; for the tiny one use "
                 "--memory"
@@ -260,7 +261,7 @@ def main(argv: Sequence[str]) -> None:
     except ValueError as error:
         sys.exit(f"eval.py: {error}")
     how = {name: given[name] for name in ("temperature", "top_p", "top_k") if name in given}
-    sampling = eval_sampling(config, seed=given.get("seed", 0), step=EVAL_PY_DRAWS, **how)
+    sampling = eval_sampling(chat, seed=given.get("seed", 0), step=EVAL_PY_DRAWS, **how)
     seeds = [EVAL_PY_SEED + i for i in range(num_tasks)]
     trials = rollout(config, sampler, seeds, range(num_tasks), sampling)
     if given.get("memory") == "swapped":  # once more, with the memory of these

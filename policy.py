@@ -142,6 +142,13 @@ def newest_checkpoint(model: str) -> str:
     return str(found[max(found)]) if found else model
 
 
+def is_tiny(model: str) -> bool:
+    """Whether this is the tiny policy, to be made or in a folder: its tokenizer says so."""
+    file = Path(newest_checkpoint(model), "tokenizer_config.json")
+    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    return model == "tiny" or '"is_tiny": true' in text
+
+
 def older_checkpoint(newest: str | Path) -> Path | None:
     """The last checkpoint of the same run before this one, which may be broken; None if none is."""
     newest = Path(newest)
@@ -301,8 +308,8 @@ def imitator(
 ) -> tuple[Any, Any]:
     """A model taught to play as the scripted player, and its tokenizer; `texts` are samples."""
     torch.manual_seed(config.seed)
-    is_tiny = config.model == "tiny"
-    if is_tiny:
+    is_new = config.model == "tiny"
+    if is_new:
         tokenizer = make_tokenizer(texts)
         chat = Chat(tokenizer)
         model = Qwen3ForCausalLM(tiny_shape(config, len(tokenizer), tokenizer.eos_token_id))
@@ -313,7 +320,7 @@ def imitator(
         optimizers = [torch.optim.AdamW(model.parameters(), config.warm_lr, weight_decay=0.0)]
         if config.grad_checkpoint:
             model.activation_checkpointing_enable({"use_reentrant": False})
-    policy = Policy(model, chat.vocab_size, bf16=not is_tiny and config.dtype == "bfloat16")
+    policy = Policy(model, chat.vocab_size, bf16=not is_new and config.dtype == "bfloat16")
     policy.check_trees(chat.encode(texts[0]))
     schedule = partial(warm_up_and_down, steps=config.warm_steps)
     schedulers = [torch.optim.lr_scheduler.LambdaLR(each, schedule) for each in optimizers]
@@ -321,7 +328,7 @@ def imitator(
     name = f"warm start on {env.name}"
     bar = tqdm(range(config.warm_steps), desc=name, mininterval=1, file=sys.stderr)
     for _ in bar:
-        loss = imitate(policy, next(batches), config.microbatch_tokens, with_prompts=is_tiny)
+        loss = imitate(policy, next(batches), config.microbatch_tokens, with_prompts=is_new)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
             optimizer.step()

@@ -78,7 +78,8 @@ class Chat:
         self.markers = None
         added = [token for token in tokenizer.added_tokens_decoder.values() if not token.special]
         texts = [token.content for token in added if len(token.content) > 1]
-        if texts and not tokenizer.init_kwargs.get("is_tiny"):
+        self.is_tiny = tokenizer.init_kwargs.get("is_tiny", False)
+        if texts and not self.is_tiny:
             cuts = [f"(?<={re.escape(text[0])})(?={re.escape(text[1:])})" for text in texts]
             self.markers = re.compile("|".join(cuts))
         self.stop_ids = {i for i in (*stop_ids, tokenizer.eos_token_id) if i is not None}

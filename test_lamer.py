@@ -70,6 +70,7 @@ from policy import (
     checkpoints,
     imitate,
     load_policy,
+    save_policy,
     scripted_batches,
     scripted_trial,
     warm_policy,
@@ -1588,6 +1589,17 @@ def test_hub_models_play_and_train(kind, tmp_path):
     assert stats["grad_norm"] > 0
 
 
+def test_a_hub_model_with_short_prompts_is_not_the_tiny_one(tmp_path, tiny):
+    config, model, chat = hub_policy(tmp_path, "llama")
+    save_policy(tmp_path / "short", model, chat.tokenizer, replace(config, style="compact"), 0)
+    again = train.make_config(env="lockbox", model=str(tmp_path / "short"), device="cpu")
+    assert (again.lr, again.max_prompt) == (1e-6, 2048)
+    assert train.eval_sampling(chat).temperature == 0.7
+    again = train.make_config(env="lockbox", model=str(warm_policy(tiny[0])), device="cpu")
+    assert (again.lr, again.style) == (5e-4, "compact")
+    assert train.eval_sampling(tiny[2]).temperature == 1
+
+
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=SLOW)])
 def test_any_model_can_be_warm_started(dtype, tmp_path):
     folder = hub_folder(tmp_path / "hub", "llama")
@@ -1601,6 +1613,16 @@ def test_any_model_can_be_warm_started(dtype, tmp_path):
     assert warm_policy(config) == start, "made once"
     again = train.make_config(env="lockbox", model=str(start), device="cpu")
     assert again.warm_steps == 0, "not twice"
+
+    def going_on(*flags):
+        flags = ["--model", start, "--device", "cpu", "--out", tmp_path / "run", *flags]
+        config = train.prepare([*map(str, flags)])[0]
+        return config.env, config.style, config.env_options
+
+    known = config.env_options
+    assert going_on() == ("lockbox", "direct", known), "the game and the prompts that it knows"
+    assert going_on("--novice_care", 0.5)[2] == known | dict(novice_care=0.5)
+    assert going_on("--env", "sokoban", "--style", "full") == ("sokoban", "full", {})
 
     losses = []
     for name in (folder, str(start)):

@@ -64,6 +64,7 @@ from envs import EVAL_SEED, check_env, derive_seed, env_class, make_env, reason
 from lamer import MEMORIES, Policy, Trial, Turn, all_reduce_sum, print0, unwrap, world_size
 from policy import (
     checkpoints,
+    is_tiny,
     load_policy,
     newest_checkpoint,
     older_checkpoint,
@@ -256,7 +257,7 @@ def recipe(env: str, model: str, is_warmed_on_cpu: bool = False) -> dict[str, An
     options = ENV_RECIPES.get(env, {})
     if model == "tiny":
         return options | TINY_RECIPE | TINY_ENV_RECIPES.get(env, {})
-    if saved_config(newest_checkpoint(model)).get("style") == "compact":  # tiny, trained before
+    if is_tiny(model):  # trained before
         options = options | TINY_RECIPE | TINY_ENV_RECIPES.get(env, {})
     elif is_warmed_on_cpu:
         options = options | HUB_ON_CPU | HUB_ON_CPU_ENVS.get(env, {})
@@ -454,7 +455,11 @@ def prepare(argv: Sequence[str]) -> tuple[Config, dict[str, Any], int]:
     given = parse_flags(Config, argv, __doc__)
     if not given.get("resume"):
         saved = saved_config(newest_checkpoint(given["model"])) if "model" in given else {}
-        config = make_config(**{"env": saved.get("env", Config.env)} | given)
+        start = {"env": saved["env"], "style": saved["style"]} if saved else {}
+        own = given.get("env_options", {})
+        if saved and given.get("env", saved["env"]) == saved["env"] and "data" not in own:
+            own = saved["env_options"] | own  # the game that it knows
+        config = make_config(**start | given | {"env_options": own})
         env = make_env(config.env, **config.env_options)
         check_env(config.env, env)  # before a long warm start
         if not config.out:
@@ -898,10 +903,10 @@ def deal_minibatches(
 EVAL_DRAWS = 2**32  # added to the step in evaluations: their draws are not those of training
 
 
-def eval_sampling(config: Config, **given: Any) -> Sampling:
+def eval_sampling(chat: Chat, **given: Any) -> Sampling:
     """How evaluations sample: hub models as in the paper, the tiny policy as it is."""
     options = dict(temperature=0.7, top_p=0.8, top_k=20)
-    if config.style == "compact":
+    if chat.is_tiny:
         options = dict(temperature=1.0, top_p=1.0, top_k=0)
     return Sampling(**options | given)
 
@@ -913,7 +918,7 @@ def evaluate(config: Config, run: Run, step: int) -> tuple[dict[str, Any], list[
     limit = make_env(config.env, **config.env_options).num_eval_tasks()  # 0: no end of tasks
     num_tasks = min(config.eval_tasks, limit or config.eval_tasks)
     trial_ids = list(range(num_tasks))[run.rank :: run.world]
-    sampling = eval_sampling(config, seed=config.seed, step=EVAL_DRAWS + step)
+    sampling = eval_sampling(run.sampler.chat, seed=config.seed, step=EVAL_DRAWS + step)
     seeds = [EVAL_SEED + i for i in trial_ids]
     trials = rollout(config, run.sampler, seeds, trial_ids, sampling)
     result = {"step": step, "num_tasks": num_tasks, **summarize(trials, config)}

@@ -12,7 +12,7 @@ import json
 import re
 import sys
 
-from playing import Player, task_seeds
+from playing import Player, provenance, task_seeds
 
 from lamer import Trial
 
@@ -58,7 +58,9 @@ def main(argv: list[str]) -> None:
     count = {"lockbox": codes, "alfworld": places}.get(player.config.env)
     if count is None:
         sys.exit("follows.py: it knows the notes of lockbox and of alfworld")
-    print(json.dumps(count(player.play(player.trials(task_seeds(num_tasks))))))
+    row = provenance("results/follows.py", argv, player.config.device) | {"num_tasks": num_tasks}
+    row |= count(player.play(player.trials(task_seeds(num_tasks))))
+    print(json.dumps(row, indent=1))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
     python results/gammas.py results/gammas.svg       and a picture; needs matplotlib
 
 The best policy is that of the dynamic program of test_lamer.py, for the return across episodes of
-the paper. A row of the table: the best first action and success after each episode, then for both
-presets the most frequent first action, with its share, and success on 256 tasks.
+the paper. A cell of the table is the most frequent first action and success after each episode, in
+percent of 256 tasks.
 """
 
 import json
@@ -48,14 +48,13 @@ def optimum(episodes: int, gamma: float) -> tuple[str, np.ndarray]:
     return best.split()[0], options[best][1]
 
 
-def learned(point: Point) -> tuple[str, float]:
-    """The most frequent kind of first action, and its share."""
+def learned(point: Point) -> str:
+    """The most frequent kind of first action."""
     kinds: dict[str, int] = {}
     for action, count in point.row["first_actions"].items():
         kind = action.split()[0] if action else "nothing"
         kinds[kind] = kinds.get(kind, 0) + count
-    best = max(kinds, key=kinds.__getitem__)
-    return best, kinds[best] / sum(kinds.values())
+    return max(kinds, key=kinds.__getitem__)
 
 
 def percent(shares: Any) -> str:
@@ -63,20 +62,23 @@ def percent(shares: Any) -> str:
     return " / ".join(f"{100 * share:.0f}" for share in shares)
 
 
-def print_table(found: list[Point]) -> None:
-    """A row for every number of episodes and gamma_traj."""
-    print("| episodes | gamma_traj | best | | paper | | official | |")
-    print("|---|---|---|---|---|---|---|---|")
-    for episodes, gamma in sorted({(point.episodes, point.gamma) for point in found}):
-        action, success = optimum(episodes, gamma)
-        cells = [f"{episodes}", f"{gamma:g}", action, percent(success)]
+def table(found: list[Point]) -> str:
+    """A column for every gamma_traj; a cell has one entry for every seed."""
+    gammas = sorted({point.gamma for point in found})
+    lines = [" | ".join(["gamma_traj", *(f"{gamma:g}" for gamma in gammas)])]
+    lines.append("|".join(["---"] * (1 + len(gammas))))
+    for episodes in sorted({point.episodes for point in found}):
+        best = [optimum(episodes, gamma) for gamma in gammas]
+        cells = [f"{action} {percent(success)}" for action, success in best]
+        lines.append(" | ".join([f"{episodes} episodes: best policy", *cells]))
         for preset in ("paper", "official"):
-            same = [
-                p for p in found if (p.preset, p.episodes, p.gamma) == (preset, episodes, gamma)
-            ]
-            kinds = [f"{kind} {share:.0%}" for kind, share in map(learned, same)]
-            cells += [", ".join(kinds), ", ".join(percent(point.row["success"]) for point in same)]
-        print("| " + " | ".join(cells) + " |")
+            cells = []
+            for gamma in gammas:
+                key = (preset, episodes, gamma)
+                same = [p for p in found if (p.preset, p.episodes, p.gamma) == key]
+                cells.append(", ".join(f"{learned(p)} {percent(p.row['success'])}" for p in same))
+            lines.append(" | ".join([f"learned, `--preset {preset}`", *cells]))
+    return "\n".join(f"| {line} |" if " | " in line else f"|{line}|" for line in lines)
 
 
 def draw(found: list[Point], file: str) -> None:
@@ -115,7 +117,7 @@ def main(argv: list[str]) -> None:
     found = [*points()]
     if not found:
         sys.exit("gammas.py: there is no results/gammas-*.json; results/gammas.sh makes them")
-    print_table(found)
+    print(table(found))
     if argv:
         draw(found, argv[0])
 

@@ -51,7 +51,7 @@ class Player:
     def play(self, trials: Sequence[Generator], temperature: float | None = None) -> list[Trial]:
         """Play them to their end, sampled as in eval.py unless a temperature is given."""
         how = {} if temperature is None else dict(temperature=temperature, top_p=1.0, top_k=0)
-        sampling = train.eval_sampling(self.config, seed=0, step=evaluation.EVAL_PY_DRAWS, **how)
+        sampling = train.eval_sampling(self.chat, seed=0, step=evaluation.EVAL_PY_DRAWS, **how)
         return self.sampler.run(trials, range(len(trials)), sampling)
 
 

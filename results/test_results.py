@@ -18,6 +18,7 @@ sys.path.insert(0, str(HERE))
 sys.path.insert(0, str(HERE.parent))
 import diversity  # noqa: E402
 import follows  # noqa: E402
+import gammas  # noqa: E402
 import passed  # noqa: E402
 import replay  # noqa: E402
 import swap  # noqa: E402
@@ -204,6 +205,18 @@ def test_a_replay_in_a_browser(tmp_path):
     assert found["ArrowDown"][0] == "#2.1", "it is the last: down again stays"
     assert found["ArrowUp"] == ["#1.1", HOSTILE] and found["ArrowLeft"][0] == "#1.1"
     assert found["click"] == "#1.3" and not found["wide"]
+
+
+def test_lockbox_over_gamma_traj():
+    assert gammas.table([*gammas.points()]) in README
+
+
+def test_alfworld_notes_are_followed():
+    for name, share in (("warm", "64% before RL"), ("meta", "in 77% of")):
+        row = json.loads((HERE / f"follows-alfworld-tiny-{name}-s0.json").read_text())
+        assert f"{row['followed']:.0%}" in share and share in README
+    won = f"{row['and won']} of {row['went there']} against {row['and won anyway']} of"
+    assert f"{won} {row['went elsewhere']}" in README
 
 
 def test_diversity_by_hand():
