@@ -95,7 +95,7 @@ PROMPTING = {
     "reflexion": dict(style="full", memory="reflection"),
 }
 EVAL_PY_DRAWS = 2**33  # in the place of a step: draws that no training run has made
-EVAL_PY_SEED = EVAL_SEED + 2**30  # tasks that no training run has met, not even in its evaluations
+EVAL_PY_SEED = EVAL_SEED + 2**30  # seeds that no training run meets, not even in its evaluations
 
 
 def wilson(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:

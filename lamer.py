@@ -16,8 +16,9 @@ Read from the top; the data flows in this order:
     Policy                 turns in, log-probabilities of their reply tokens out
     update                 clipped policy gradient on every reply token, reflections included
 
-A Turn is one model call and the unit of training. Each stage fills its own fields and overwrites
-none. Environments are known only by the interface in envs.py. The replies come from sampler.py.
+A Turn is one model call and the unit of training. Each stage fills its own fields; only the penalty
+of invalid replies changes another's, the advantage. Environments are known only by the interface in
+envs.py. The replies come from sampler.py.
 """
 
 import math
@@ -62,7 +63,7 @@ class Turn:
     ret: float = 0.0  # the return G, set by compute_returns
     value: float = 0.0  # the value head's estimate of the return, set by compute_values (ppo only)
     value_target: float = 0.0  # what that estimate is to become, set by ppo_advantages
-    advantage: float = 0.0  # set by compute_advantages; an invalid reply's is less its penalty
+    advantage: float = 0.0  # set by compute_advantages, less the penalty of invalid replies
     old_logps: list[float] = field(default_factory=list)  # what ratios are measured against
 
     def token_ids(self) -> list[int]:

@@ -2741,7 +2741,7 @@ def test_an_option_is_described_by_where_it_comes_from():
     assert words["given"] == ["env=minesweeper", "lr=1e-06", "device=cpu", "mines=3"]
     recipe = {"model=tiny", "style=compact", "minibatch=256", "dtype=float32", "size=4", "turns=9"}
     assert recipe <= {*words["by recipe"]}
-    paper = {*words["as in the paper"]}
+    paper = {*words["as by default"]}
     assert {"gamma_traj=0.6", "clip=0.2", "episodes=3"} <= paper
     names = [word.partition("=")[0] for kind in words.values() for word in kind]
     assert len(names) == len({*names}), "each once"

@@ -3,7 +3,7 @@
     python train.py --env minesweeper                                  a laptop, or one GPU
     torchrun --nproc-per-node=gpu train.py --env sokoban               every GPU of a node
     python train.py --env minesweeper --episodes 1 --group_size 24     the RL baseline, equal budget
-    python train.py --env my_game.py:Game --steps 50                   an environment of yours
+    python train.py --env my_game.py:Game --model Qwen/Qwen3-0.6B      an environment of yours
     python train.py --resume runs/minesweeper-1                        go on as if never stopped
     python train.py --env sokoban --help                               all options, Sokoban's too
 
@@ -104,7 +104,7 @@ MOST_SEED = 2**32 - 1
 
 @dataclass
 class Config:
-    """All options of a run, with the paper's values; the command line is made from the fields.
+    """All options of a run, with the paper's values where it gives one; also the command line.
 
     A recipe for the machine, the environment and the tiny policy changes a few (`recipe`), then
     come the flags. What the environment's constructor takes are flags, too, kept in `env_options`.
@@ -179,7 +179,7 @@ class Config:
 
 OFFICIAL = dict(credit="official", dual_clip=3.0, entropy_coef=0.001, weight_decay=0.01)
 ON_CPU = dict(device="cpu", model="tiny", dtype="float32")
-ENV_RECIPES = {  # the paper's and the official scripts' own
+ENV_RECIPES = {  # the paper's, or the official scripts'
     "lockbox": dict(episodes=2, warm_episodes=2),
     "sokoban": dict(gamma_traj=0.9),
     "webshop": dict(steps=150, num_tasks=8, max_prompt=8192),
@@ -432,9 +432,9 @@ def add_flags(group: Any, flags: dict[str, Flag]) -> None:
 
 
 def describe(config: Config, given: dict[str, Any]) -> str:
-    """The options, a line each for yours, those of recipes, and those left as in the paper."""
+    """The options, a line each for yours, those of recipes, and what is left as it is."""
     changed = "of that run" if config.resume else "by recipe"
-    lines = {"given": [], changed: [], "as in the paper": []}
+    lines = {"given": [], changed: [], "as by default": []}
     for each in fields(Config):
         value = getattr(config, each.name)
         if each.name == "env_options":
@@ -446,7 +446,7 @@ def describe(config: Config, given: dict[str, Any]) -> str:
         elif value != each.default:
             lines[changed].append(f"{each.name}={value}")
         elif value != "":
-            lines["as in the paper"].append(f"{each.name}={value}")
+            lines["as by default"].append(f"{each.name}={value}")
     return "\n".join(f"{kind}: {' '.join(words)}" for kind, words in lines.items() if words)
 
 

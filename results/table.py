@@ -71,7 +71,8 @@ def main(argv: list[str]) -> None:
     method = argv[1] if len(argv) > 1 else "meta"
     pairs = [("reflection", "swapped"), ("reflection", "none"), ("swapped", "none")]
     pairs = [(f"{method}-{ours}", f"{method}-{other}") for ours, other in pairs]
-    pairs += [("meta-reflection", "rl-none"), ("itself", "start"), ("itself", "scripted")]
+    pairs += [(way, "rl-none") for way in ("meta-reflection", "meta-swapped", "meta-none")]
+    pairs += [("itself", "start"), ("itself", "scripted")]
     for ours, other in pairs:
         if ours in found and other in found:
             print(f"{ours} minus {other}: {compare(found[ours], found[other])}")
