@@ -866,7 +866,7 @@ def env_class(name: str) -> type[Env]:
         f"no environment is called {name!r}; use {known} or a file of yours as file.py:Class",
     )
     require(Path(path).is_file(), f"--env {name}: there is no file {path}")
-    cls = getattr(load_module(path, Path(path).stat().st_mtime_ns), class_name, None)
+    cls = getattr(load_module(str(Path(path).resolve())), class_name, None)
     is_env = inspect.isclass(cls)
     for method in ("reset", "step"):
         is_env = is_env and getattr(cls, method, None) not in (None, getattr(Env, method))
@@ -878,8 +878,8 @@ def env_class(name: str) -> type[Env]:
 
 
 @lru_cache(maxsize=16)
-def load_module(path: str, version: int) -> ModuleType:
-    """The user's file as a module, run once as long as its `version` stays the same."""
+def load_module(path: str) -> ModuleType:
+    """The user's file as a module, run once: who edits it leaves a run that goes on as it is."""
     # The prefix keeps a file random.py from hiding Python's.
     spec = importlib.util.spec_from_file_location(f"lamer_env_{Path(path).stem}", path)
     module = importlib.util.module_from_spec(spec)

@@ -3760,14 +3760,16 @@ def test_an_environment_of_ones_own(tiny, tmp_path):
     player = make_player((config, *tiny[1:]), slots=2)
     trials = sampler.rollout(config, player, [0, 1], [0, 1], Sampling())
     assert [trial.episodes for trial in trials] == [3, 3]
-    for text, message in (
-        ("import nothing_like_this", "cannot be loaded"),
-        ("class Other: pass", "no class Coin"),
-        ("from envs import Env\nclass Coin(Env): pass", "with reset and step"),
+    (tmp_path / "game.py").write_text("being edited while a run goes on")
+    assert type(make_env(name)).step is type(env).step
+    for file, text, message in (
+        ("a.py", "import nothing_like_this", "cannot be loaded"),
+        ("b.py", "class Other: pass", "no class Coin"),
+        ("c.py", "from envs import Env\nclass Coin(Env): pass", "with reset and step"),
     ):
-        (tmp_path / "game.py").write_text(text)
+        (tmp_path / file).write_text(text)
         with pytest.raises(ValueError, match=message):
-            make_env(name)
+            make_env(f"{tmp_path}/{file}:Coin")
 
 
 # --------------------------------------------------------------- learning, and the README

@@ -4,16 +4,18 @@
 
 The trials are those of `eval.py --model MODEL`; MODEL plays Lockbox or ALFWorld. Prints JSON. On
 Lockbox `followed` is the share of second episodes, after a note with a code, that open this code.
-On ALFWorld it is that of the episodes, after notes of where things are, that go to such a place
-first; how many of those won stands beside how many of the others did.
+On ALFWorld it counts the episodes after notes of where things are, right ones and wrong ones: how
+many go there first, and how many of these and of the others are won.
 """
 
 import json
 import re
 import sys
+from typing import Any
 
 from playing import Player, provenance, task_seeds
 
+from envs import Env, make_env
 from lamer import Trial
 
 
@@ -35,19 +37,30 @@ def codes(trials: list[Trial]) -> dict[str, float]:
     return counts | {"followed": round(share, 3)}
 
 
-def places(trials: list[Trial]) -> dict[str, float]:
-    """ALFWorld: episodes that begin with a note like "mug 1 in drawer 2" in memory."""
-    counts = dict.fromkeys(("went there", "and won", "went elsewhere", "and won anyway"), 0)
+def places(trials: list[Trial], env: Env) -> dict[str, Any]:
+    """ALFWorld: episodes that begin with a note like "mug 1 in drawer 2" in memory.
+
+    A note is right if it says of a thing that the task needs where it lies at the start.
+    """
+    kinds = ("episodes", "went there", "and won", "and won, having gone elsewhere")
+    counts = {name: dict.fromkeys(kinds, 0) for name in ("right", "wrong")}
     for trial in trials:
+        env.reset(trial.seed)
+        game = env.state.game
+        needed = {game.names[thing] for thing in env.wanted(game.goal)}
+        lies = [fact[1:] for fact in game.start if fact[0] == "inreceptacle"]
+        truth = {(game.names[thing], game.names[place]) for thing, place in lies}
         for episode, turns in enumerate(trial.episodes_played()):
             notes = " ".join(past.reflection for past in trial.past[:episode])
-            named = re.findall(r"\w+ \d+ in (\w+ \d+)", notes)
+            named = re.findall(r"(\w+ \d+) in (\w+ \d+)", notes)
+            right = [pair for pair in named if pair in truth and pair[0] in needed]
             if named:
-                went = turns[0].action in [f"go to {place}" for place in named]
-                counts["went there" if went else "went elsewhere"] += 1
-                counts["and won" if went else "and won anyway"] += trial.won_in == episode
-    share = counts["went there"] / max(1, counts["went there"] + counts["went elsewhere"])
-    return counts | {"followed": round(share, 3)}
+                row = counts["right" if right else "wrong"]
+                went = turns[0].action in [f"go to {place}" for _, place in right or named]
+                row["episodes"] += 1
+                row["went there"] += went
+                row["and won" if went else kinds[-1]] += trial.won_in == episode
+    return counts
 
 
 def main(argv: list[str]) -> None:
@@ -55,11 +68,12 @@ def main(argv: list[str]) -> None:
         sys.exit(__doc__)
     num_tasks = int(argv[1]) if len(argv) > 1 else 256
     player = Player(argv[0], num_tasks)
-    count = {"lockbox": codes, "alfworld": places}.get(player.config.env)
-    if count is None:
+    env = make_env(player.config.env, **player.config.env_options)
+    if env.name not in ("lockbox", "alfworld"):
         sys.exit("follows.py: it knows the notes of lockbox and of alfworld")
     row = provenance("results/follows.py", argv, player.config.device) | {"num_tasks": num_tasks}
-    row |= count(player.play(player.trials(task_seeds(num_tasks))))
+    trials = player.play(player.trials(task_seeds(num_tasks)))
+    row |= codes(trials) if env.name == "lockbox" else places(trials, env)
     print(json.dumps(row, indent=1))
 
 
