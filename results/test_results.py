@@ -77,6 +77,8 @@ def test_minesweeper(name, way):
         ("imitation, before RL | 31", "alfworld-tiny", "warm"),
         ("imitation, then meta-RL", "alfworld-tiny", "meta"),
         ("imitation, then RL of", "alfworld-tiny", "rl"),
+        ("the imitated player", "webshop-tiny", "novice"),
+        ("its imitation", "webshop-tiny", "warm"),
         ("imitation, before RL | 19", "minesweeper-smollm2", "warm"),
         ("meta-RL | 20", "minesweeper-smollm2", "meta"),
         ("RL of single episodes", "minesweeper-smollm2", "rl"),
