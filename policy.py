@@ -138,7 +138,7 @@ def checkpoints(run: str | Path) -> dict[int, Path]:
 
 def newest_checkpoint(model: str) -> str:
     """The newest checkpoint of a run folder; any other model's name as it is."""
-    found = checkpoints(model)
+    found = checkpoints(model) if model else {}  # "" would be the current folder
     return str(found[max(found)]) if found else model
 
 

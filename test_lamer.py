@@ -70,6 +70,7 @@ from policy import (
     checkpoints,
     imitate,
     load_policy,
+    newest_checkpoint,
     save_policy,
     scripted_batches,
     scripted_trial,
@@ -3011,6 +3012,12 @@ def test_a_run_leaves_what_was_promised(finished_run):
     saved = json.loads((finished_run / "config.json").read_text())
     assert saved["num_tasks"] == 4 and saved["style"] == "compact" and saved["gamma_traj"] == 0.6
     assert sorted(checkpoints(finished_run)) == [2, 4]
+
+
+def test_no_model_is_not_the_run_that_one_stands_in(finished_run, monkeypatch):
+    assert newest_checkpoint(str(finished_run)) == str(finished_run / "step_000004")
+    monkeypatch.chdir(finished_run)
+    assert newest_checkpoint("") == ""
 
 
 def test_a_run_does_what_its_options_say(tiny, tmp_path, monkeypatch):
