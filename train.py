@@ -1116,6 +1116,10 @@ def peak_gb(device: str) -> float:
     """Peak memory so far: of the GPU, or of the process; 0 where the system does not tell."""
     if device == "cuda":
         return round(torch.cuda.max_memory_allocated() / 1e9, 3)
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s*(\d+)", status.read_text()) if status.is_file() else None
+    if found:  # where there is none, getrusage, in Linux with the peak of who started us
+        return round(int(found[1]) * 1024 / 1e9, 3)
     if resource is None:
         return 0.0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kilobytes, on macOS bytes

@@ -925,21 +925,15 @@ NAME = r"\w+ \d+"  # of a thing: "mug 2"
 
 
 def glimpse(observation: str) -> str:
-    """What an observation says: "On the desk 1, you see a pen 1." gives "pen 1 in desk 1".
+    """What an observation says beyond its command: "On the desk 1, you see a pen 1." gives "pen 1".
 
-    As a note would say it, so that taking notes is copying. "done" where a command did what it
-    says; nothing is lost but the order of words.
+    "done" where a command did what it says; nothing is lost but the order of words.
     """
     if re.match(r"You (pick up|put|move|close|turn on|sliced|clean|heat|cool)\b", observation):
         return "done"
-    before, *lists = observation.split("you see")
-    seen = []
-    for shown in lists:
-        place = re.findall(NAME, before)[-1:]  # none where one looks around
-        seen += [" in ".join([thing, *place]) for thing in re.findall(rf"\ba ({NAME})", shown)]
-        before = shown
+    seen = ", ".join(re.findall(rf"\ba ({NAME})", observation))
     if seen:
-        return ", ".join(seen)
+        return seen
     if observation.endswith("is closed."):
         return "closed"
     return "nothing" if observation.endswith("you see nothing.") else observation
@@ -1079,7 +1073,7 @@ class AlfWorld(Env):
         return sorted(command for command in self.options if command != "help")
 
     def brief(self, initial: str, records: Records, choices: str = "") -> str:
-        """The places, the task, and a line a turn, "open desk 1: pen 1 in desk 1, mug 2 in desk 1".
+        """The places, the task, and a line a turn, "go to desk 1: pen 1, mug 2".
 
         Of the choices, most of a prompt, only what is in reach and not named yet is kept: two
         places can be one. Prompts of an episode begin alike, so an update computes little more than
