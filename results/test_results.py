@@ -229,6 +229,16 @@ def test_lockbox_over_gamma_traj():
     assert gammas.table([*gammas.points()]) in README
 
 
+@pytest.mark.parametrize(("name", "run"), [("imitation", "warm"), ("meta-RL", "meta")])
+def test_notes_of_alfworld(name, run):
+    row = json.loads((HERE / f"follows-alfworld-tiny-{run}-s0.json").read_text())
+    cells = [f"| {name}"]
+    for kind in ("right", "wrong"):
+        episodes, went, won, _ = row[kind].values()
+        cells += [f"{episodes}", f"{went}, {won}"]
+    assert " | ".join(cells) + " |\n" in README
+
+
 def test_diversity_by_hand():
     _, trial = played(won=False)
     actions = [turn.action for turn in trial.episodes_played()[0]]
