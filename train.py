@@ -199,7 +199,7 @@ TINY_RECIPE = dict(  # found by trying (README)
 )
 TINY_ENV_RECIPES = {
     "lockbox": dict(
-        steps=60,
+        steps=90,
         warm_steps=1200,  # after 600 one policy of four did not yet open a written code
         lr=5e-4,
         beta2=0.95,
