@@ -2,7 +2,8 @@
 # The games: meta-RL and RL of equal budget, both from one warm start; is the memory used?
 #   results/games.sh tiny FOLDER minesweeper 0 1 2       seeds; 20 minutes each on one core
 #   results/games.sh smollm2 FOLDER minesweeper 0        a model's folder (bench/smollm2.py)
-# TASKS=1024 plays that many fixed tasks where 256 are the rule.
+# TASKS=1024 plays that many fixed tasks where 256 are the rule, WARM=100 imitates for so many steps,
+# where 60 are the rule for a model's folder.
 # FOLDER is where runs are kept. What is done is skipped, and a killed run goes on; the results are
 # results/ENV-MODEL-METHOD-sSEED-MEMORY.json, METHOD being warm, meta or rl.
 set -euo pipefail
@@ -10,7 +11,7 @@ model=$1 runs=$2 env=$3 name=$(basename "$1")
 seeds=("${@:4}")
 cd "$(dirname "$0")/.."
 flags=(--env "$env" --model "$model" --device cpu)
-[ "$model" = tiny ] || flags+=(--style compact --warm_steps 60 --eval_every 0 --save_every 1)
+[ "$model" = tiny ] || flags+=(--style compact --warm_steps "${WARM:-60}" --eval_every 0 --save_every 1)
 mkdir -p "$runs"
 novice=results/$env-$name-novice-s0-
 if [ "$model" = tiny ] && [ ! -f "${novice}none.json" ]; then # whom the warm start imitates
