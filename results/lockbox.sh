@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Lockbox: does an agent learn to peek first, for a later episode's sake? Both credits, three seeds.
-#   results/lockbox.sh tiny FOLDER            the tiny policy, 3 minutes on two idle cores
+#   results/lockbox.sh tiny FOLDER            the tiny policy, 6 minutes on one core
 #   results/lockbox.sh smollm2 FOLDER         a model's folder (bench/smollm2.py), 30 minutes
 # FOLDER is where runs are kept. What is done is skipped, and a killed run goes on; the results are
 # results/lockbox-MODEL-gGAMMA-sSEED.json, and -swapped.json with another task's memory.
