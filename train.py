@@ -211,7 +211,14 @@ TINY_ENV_RECIPES = {
     ),
     "minesweeper": dict(env_options=dict(size=4, mines=2, turns=9)),
     "sokoban": dict(steps=120, warm_steps=500, warm_batch=48, env_options=dict(boxes=1)),
-    "webshop": dict(steps=80, minibatch=128, max_prompt=256, warm_steps=4700, warm_lr=3e-3),
+    "webshop": dict(
+        steps=80,
+        minibatch=128,
+        max_prompt=256,
+        warm_steps=2400,
+        warm_lr=3e-3,
+        env_options=dict(turns=7),  # one purchase: what it teaches is for the next episode
+    ),
     "alfworld": dict(
         steps=60,
         minibatch=128,

@@ -736,15 +736,20 @@ def open_shop(data: str | None, num_products: int | None, human_goals: bool, see
 # Category: queries; attributes; options. A product has one query and some of the others.
 KINDS = {
     "fashion": "shirts jackets socks boots; "
-    "machine wash, slim fit, long lasting, quick dry, soft lining; color size",
+    "machine wash, slim fit, long lasting, quick dry, soft lining, wind proof, light weight, "
+    "stain resistant; color size",
     "garden": "lamps rugs stools shelves; "
-    "easy assembly, solid wood, heavy duty, water proof, non slip; color style",
+    "easy assembly, solid wood, heavy duty, water proof, non slip, space saving, hand painted, "
+    "fade resistant; color style",
     "electronics": "cables speakers chargers; "
-    "fast charging, hands free, high speed, dust proof, low heat; color style",
+    "fast charging, hands free, high speed, dust proof, low heat, energy saving, shock proof, "
+    "noise free; color style",
     "beauty": "soaps creams brushes; "
-    "sensitive skin, natural oils, travel size, long lasting, paraben free; scent pack",
+    "sensitive skin, natural oils, travel size, long lasting, paraben free, dye free, "
+    "quick drying, skin friendly; scent pack",
     "grocery": "teas snacks cereals; "
-    "gluten free, low sugar, plant based, whole grain, fair trade; flavor pack",
+    "gluten free, low sugar, plant based, whole grain, fair trade, nut free, high fiber, "
+    "hand picked; flavor pack",
 }
 OPTION_VALUES = {
     "color": "black blue green grey pink red white yellow",
@@ -760,9 +765,11 @@ BRANDS = "Abero Belu Cando Dorin Elvo Fenra Galto Hindo Ibex Jarno Kelvi Lumo"
 def generate_catalogue(num_products: int, seed: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """A catalogue in the genuine format: the contents of items_shuffle.json and items_ins_v2.json.
 
-    Products of a kind share attributes, so search words narrow the choice, and options and price
-    decide. Some colours carry a number, like "black1901" in the genuine files, and cannot be
-    matched.
+    Two attributes are asked for, which products of a kind share. One stands in the title, so that
+    search words narrow the choice, and options and price narrow it further. The other stands on the
+    page of features alone, of which the search knows nothing: whether it is there shows on that
+    page or after buying, and is worth a note. Some colours carry a number, like "black1901" in the
+    genuine files, and cannot be matched.
     """
     problem = "a generated catalogue has at most 60000 products"
     check(num_products <= 60_000, f"--products {num_products}", problem)
@@ -783,16 +790,20 @@ def generate_catalogue(num_products: int, seed: int) -> tuple[list[dict[str, Any
             options[name] = [{"value": value} for value in values]
         low = rng.randrange(6, 90)
         spread = max(0, rng.randrange(-40, 12))
-        asked = sorted(rng.sample(has, 2))
+        asked = sorted([has[0], has[2]])
         records.append(
             {
                 "asin": asin,
                 "name": f"{rng.choice(BRANDS.split())} {has[0]} {query}",
                 "query": query,
                 "category": category,
-                "full_description": f"These {query} stand for {has[1]}.",
+                "full_description": f"These {query} stand for {has[0]}.",
                 "customization_options": options,
-                "small_description": [f"Made for {has[2]}.", f"Sold by the maker of {query}."],
+                # Only the first of these is searched, as in the original.
+                "small_description": [
+                    f"Sold by the maker of {query}.",
+                    f"Made for {has[1]} and {has[2]}.",
+                ],
                 "images": ["none"],
                 "pricing": f"${low}.00 to ${low + spread}.00" if spread else f"${low}.00",
                 "product_category": f"Generated › {category} › {query}",
@@ -1155,7 +1166,7 @@ class WebShop(Env):
         """
         visit, goal = self.visit, self.goal
         avoided, advised = [], []
-        if rng.random() < 0.8:
+        if rng.random() < 0.95:
             avoided = re.findall(r"not \[([^\]]*)\]", " ".join(memory))
             last_note = memory[-1] if memory else ""
             advised = re.findall(r"\[([^\]]*)\]", last_note.partition("try ")[2])
@@ -1163,11 +1174,8 @@ class WebShop(Env):
             action = rng.choice(self.actions() or [""])
             return action.replace("<your query>", goal.product.query)
         if visit.page == "search":
-            words = [attribute for attribute in goal.attributes if rng.random() < 0.9]
-            words.append(goal.product.query)
-            if rng.random() < 0.8:
-                words += goal.values
-            return f"search[{' '.join(words)}]"
+            # The same words in every episode, so that what its notes advise is listed again.
+            return f"search[{' '.join([*goal.attributes, goal.product.query, *goal.values])}]"
         if visit.page == "results":
             listed = [product.asin.lower() for product in visit.listed]
             found = [asin for asin in listed if asin not in avoided] or ["next >"]
@@ -1205,4 +1213,4 @@ class WebShop(Env):
                 listed = [product.asin.lower() for product in visit.listed]
                 after = listed[(listed.index(asin) + 1) % len(listed)]
                 note = f"not [{asin}], try [{after}]"
-        return f"<remark>{note if rng.random() < 0.8 else 'nothing'}</remark>"
+        return f"<remark>{note if rng.random() < 0.95 else 'nothing'}</remark>"
