@@ -215,6 +215,24 @@ def test_lockbox_over_gamma_traj():
     assert gammas.table([*gammas.points()]) in README
 
 
+def test_speed():
+    found = json.loads((HERE / "bench.json").read_text(encoding="utf-8"))["results"]
+    ratios = {}
+    for row in [row for each in found for row in each["rows"] if "setting" in row]:
+        for name in ("ours_over_plain", "ours_over_other", "over_ours"):
+            if name in row:
+                key = row["setting"], row.get("sampler", name)
+                ratios.setdefault(key, []).append(f"{row[name]:.1f}")
+    for setting, update in (("paper", "prompts in full"), ("tiny", "the tiny policy on")):
+        [cell] = cells_of(f"update, {update}")
+        plain, other = (" / ".join(ratios[setting, f"ours_over_{x}"]) for x in ("plain", "other"))
+        assert cell == f"plain padded rows {plain}, our own code before the tree {other}"
+    for setting, rollout in (("long", "a Llama"), ("tiny", "the tiny policy on")):
+        [cell] = cells_of(f"rollout, {rollout}")
+        batch, lock_step = (ratios[setting, x][0] for x in ("generate_batch", "lock-step"))
+        assert cell == f"transformers' `generate_batch` {batch}, lock-step `generate` {lock_step}"
+
+
 @pytest.mark.parametrize(("name", "run"), [("imitation", "warm"), ("meta-RL", "meta")])
 def test_notes_of_alfworld(name, run):
     row = json.loads((HERE / f"follows-alfworld-tiny-{run}-s0.json").read_text())
