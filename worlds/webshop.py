@@ -74,8 +74,8 @@ class Product:
 
     @property
     def brief(self) -> str:
-        """The product in few words."""
-        return f"{' '.join(self.title.split()[:12])} {self.tag}"
+        """The product in one line of a short page."""
+        return f"[{self.asin.lower()}] {' '.join(self.title.split()[:12])} {self.tag}"
 
 
 @dataclass(slots=True)
@@ -663,10 +663,6 @@ class Shop:
         return any(is_close(value, option) for value in self.offered)
 
     @cached_property
-    def ranks(self) -> dict[Product, int]:
-        return {product: rank for rank, product in enumerate(self.ranked)}
-
-    @cached_property
     def ways(self) -> list[tuple[Product, list[str]] | None]:
         """For each goal, a product and the option values that win it; None where nothing does."""
         return [self.way_to_win(goal) for goal in self.goals]
@@ -835,22 +831,13 @@ class Session:
     """One visit to the shop with a goal: a page, what can be clicked there, and the purchase.
 
     `page` is "search", "results", "item", one of SUB_PAGES, or "done"; `score` holds the reward and
-    its parts. `codes_seed` deals anew what products are opened by: a small policy would learn the
-    catalogue by heart instead of reading it. (envs/web_agent_text_env.py)
+    its parts. (envs/web_agent_text_env.py)
     """
 
-    def __init__(self, shop: Shop, goal: Goal, page_size: int = 10, codes_seed: int | None = None):
+    def __init__(self, shop: Shop, goal: Goal, page_size: int = 10):
         self.shop, self.goal, self.page_size = shop, goal, page_size
-        self.codes_seed = codes_seed
         self.score: dict[str, Any] = {"reward": 0.0}
         self.go_home()
-
-    def code(self, product: Product) -> str:
-        """What opens the product: its number, or with a seed that of another one."""
-        if self.codes_seed is None:
-            return product.asin.lower()
-        ranked = self.shop.ranked
-        return ranked[(self.shop.ranks[product] + self.codes_seed) % len(ranked)].asin.lower()
 
     def go_home(self) -> None:
         self.page = "search"
@@ -886,7 +873,7 @@ class Session:
         if self.page in SUB_PAGES:
             return ["back to search", "< prev"]
         pages = ["next >"] if self.number == 1 else ["< prev", "next >"]
-        return ["back to search", *pages, *(self.code(product) for product in self.listed)]
+        return ["back to search", *pages, *(product.asin.lower() for product in self.listed)]
 
     def act(self, action: str) -> None:
         """Play `search[words]`, good on every page, or `click[text]`; else nothing changes."""
@@ -915,7 +902,7 @@ class Session:
             self.page = "item"
         elif self.page == "results":
             self.page = "item"
-            self.product = next(p for p in self.listed if self.code(p) == text)
+            self.product = next(p for p in self.listed if p.asin.lower() == text)
         elif text in SUB_PAGES:
             self.page = text
         elif text == "buy now":
@@ -963,22 +950,20 @@ class Session:
         if self.page == "search":
             lines.append("search page")
         elif self.page == "results":
-            lines.append(f"page {self.number}")
-            lines += [f"[{self.code(found)}] {found.brief}" for found in self.listed]
+            lines += [f"page {self.number}", *(found.brief for found in self.listed)]
         elif self.page == "item":
-            lines.append(f"[{self.code(product)}] {product.brief}")
+            lines.append(product.brief)
             for name, values in product.options.items():
                 lines.append(f"{name}: {' '.join(f'[{value}]' for value in values)}")
             if chosen:
                 lines.append(f"chosen {chosen}")
         elif self.page == "done":
-            lines.append(f"bought [{self.code(product)}] {chosen}")
+            lines.append(f"bought [{product.asin.lower()}] {chosen}")
             lines.append(f"score {self.score['reward']:.2f}")
-            lines.append("listed " + " ".join(f"[{self.code(found)}]" for found in self.listed))
+            lines.append("listed " + " ".join(f"[{found.asin.lower()}]" for found in self.listed))
         else:
             page = self.text().split(" [SEP] < Prev")[1]
-            lines += [f"[{self.code(product)}] {product.brief}"]
-            lines.append(page.replace(" [SEP] ", " ").strip())
+            lines += [product.brief, page.replace(" [SEP] ", " ").strip()]
         return "\n".join(lines)
 
 
@@ -996,8 +981,7 @@ class WebShop(Env):
         products: number of products; default: 300 generated ones, or all in the files
         human_goals: people's instructions instead of synthetic ones; needs data
         turns: turns per episode, of one action and one model call each
-        compact: short pages that list three products, whose numbers differ from task to task;
-            default: with a generated catalogue
+        compact: short pages that list three products; default: with a generated catalogue
         shop_seed: seed of prices, goals, their order, and the generated catalogue
         original: goals that cannot be won, another goal after every purchase, click[search]
     """
@@ -1055,11 +1039,7 @@ class WebShop(Env):
 
     def start(self) -> tuple[str, dict[str, Any]]:
         """Begin an episode with the present goal."""
-        if self.compact:
-            deal = derive_seed("webshop codes", self.task_key())
-            self.visit = Session(self.shop, self.goal, page_size=3, codes_seed=deal)
-        else:
-            self.visit = Session(self.shop, self.goal)
+        self.visit = Session(self.shop, self.goal, page_size=3 if self.compact else 10)
         self.turns, self.done, self.won = 0, False, False
         observation = self.text() if self.compact else f"{self.task}\n{self.text()}"
         return observation, {"won": False, "task_score": 0.0}
@@ -1174,7 +1154,7 @@ class WebShop(Env):
             left = [value for value in values if value not in visit.options.values()]
             return f"click[{left[0]}]" if left else "click[buy now]"
         if visit.page == "results" and product in visit.listed:
-            return f"click[{visit.code(product)}]"
+            return f"click[{product.asin.lower()}]"
         return "click[< prev]" if visit.page in SUB_PAGES else "click[back to search]"
 
     def novice(self, rng: random.Random, memory: Sequence[str]) -> str:
@@ -1197,10 +1177,10 @@ class WebShop(Env):
             # The same words in every episode, so that what its notes advise is listed again.
             return f"search[{' '.join([*goal.attributes, goal.product.query, *goal.values])}]"
         if visit.page == "results":
-            listed = [visit.code(product) for product in visit.listed]
-            found = [code for code in listed if code not in avoided] or ["next >"]
-            return f"click[{rng.choice([code for code in found if code in advised] or found)}]"
-        if visit.page != "item" or visit.code(visit.product) in avoided:
+            listed = [product.asin.lower() for product in visit.listed]
+            found = [asin for asin in listed if asin not in avoided] or ["next >"]
+            return f"click[{rng.choice([asin for asin in found if asin in advised] or found)}]"
+        if visit.page != "item" or visit.product.asin.lower() in avoided:
             return "click[< prev]"
         for name in visit.product.options:
             values = [value for value, owner in visit.product.choices.items() if owner == name]
@@ -1219,18 +1199,18 @@ class WebShop(Env):
         """
         visit, note = self.visit, "nothing"
         if visit.product is not None:
-            code = visit.code(visit.product)
+            asin = visit.product.asin.lower()
             missed = [value for value in self.goal.values if value not in visit.options.values()]
             is_right = True
             if visit.page == "done":
                 is_kind = all(visit.score[part] == 1 for part in ("r_type", "r_att", "r_price"))
                 is_right = is_kind and bool(missed)
             if is_right and set(missed) <= set(visit.product.choices):
-                note = f"try [{code}]"
+                note = f"try [{asin}]"
                 if missed:
                     note += " with" + "".join(f" [{value}]" for value in missed)
             else:
-                listed = [visit.code(product) for product in visit.listed]
-                after = listed[(listed.index(code) + 1) % len(listed)]
-                note = f"not [{code}], try [{after}]"
+                listed = [product.asin.lower() for product in visit.listed]
+                after = listed[(listed.index(asin) + 1) % len(listed)]
+                note = f"not [{asin}], try [{after}]"
         return f"<remark>{note if rng.random() < 0.95 else 'nothing'}</remark>"
