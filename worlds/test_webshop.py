@@ -439,7 +439,7 @@ def folder(tmp_path):
 
 
 def test_written_catalogues_load_as_generated(folder):
-    env, generated = WebShop(folder(), compact=True), WebShop(products=12)
+    env, generated = WebShop(folder(), compact=True), WebShop(products=12, shops=1)
     assert [goal.text for goal in env.shop.goals] == [goal.text for goal in generated.shop.goals]
     assert env.reset(5)[0] == generated.reset(5)[0]
 
@@ -558,7 +558,7 @@ def play(env, seed, skill=1.0, memory=()):
 
 @pytest.mark.parametrize("shop_seed", [0, 1])
 def test_the_scripted_player_wins_every_winnable_generated_goal(shop_seed):
-    env = WebShop(shop_seed=shop_seed)
+    env = WebShop(shop_seed=shop_seed, shops=1)
     goals, ways = env.shop.goals[:500], env.shop.ways[:500]
     for goal, way in zip(goals, ways, strict=True):
         env.reset(0)
@@ -665,7 +665,7 @@ def test_only_the_full_score_pays():
 
 
 def test_validation_goals_are_held_out_and_fixed():
-    env = WebShop()
+    env = WebShop(shops=1)
     validation = [env.shop.goals[i].text for i in env.validation]
     training = {env.shop.goals[i].text for i in env.training}
     assert set(env.validation).isdisjoint(env.training) and len(validation) >= 200
@@ -677,6 +677,43 @@ def test_validation_goals_are_held_out_and_fixed():
         keys.add(env.task_key())
     assert len(keys) >= len(set(validation))
     assert {env.reset(seed)[0].splitlines()[0] for seed in range(200)} <= training
+
+
+def test_training_goes_through_several_catalogues():
+    """Of the same numbers and other products; validation goals are of the first."""
+    env, only = WebShop(shops=3), WebShop(shops=1)
+    first, shops = env.shop, set()
+    for seed in range(40):
+        env.reset(seed)
+        shops.add(env.shop)
+        if env.shop is first:
+            assert env.shop.goals.index(env.goal) in env.training
+        again = env.goal
+        assert WebShop(shops=3).reset(seed) and env.reset(seed) and env.goal is again
+        env.reset(2**31 + seed)
+        only.reset(2**31 + seed)
+        assert env.shop is first and env.goal is only.goal
+    assert len(shops) == 3
+    numbers = {tuple(product.asin for product in shop.ranked) for shop in shops}
+    titles = {tuple(product.title for product in shop.ranked) for shop in shops}
+    assert len(numbers) == 1 and len(titles) == 3
+
+
+def test_a_generated_catalogue_hides_an_attribute_from_the_search():
+    env = WebShop()
+    num_opened = 0
+    for goal in env.shop.goals[:50]:
+        found, hidden = sorted(goal.attributes, key=lambda a: a not in goal.product.title)
+        assert found in goal.product.document and hidden not in goal.product.document
+        visit = Session(env.shop, goal)
+        for action in (f"search[{goal.product.title}]", f"click[{goal.product.asin.lower()}]"):
+            visit.act(action)
+        if visit.page == "item":  # it was on the first page of results
+            num_opened += 1
+            assert hidden not in visit.text().replace(goal.text, "")
+            visit.act("click[features]")
+            assert hidden in visit.text().replace(goal.text, "")
+    assert num_opened > 20
 
 
 def test_original_goes_on_with_another_goal():

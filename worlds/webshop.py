@@ -716,7 +716,7 @@ class Shop:
         return (product, ways[all_bits]) if all_bits in ways else None
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=64)
 def open_shop(data: str | None, num_products: int | None, human_goals: bool, seed: int) -> Shop:
     """The shop over the files in folder `data`, or over a generated catalogue."""
     if data is None:
@@ -776,7 +776,8 @@ def generate_catalogue(num_products: int, seed: int) -> tuple[list[dict[str, Any
     rng = random.Random(derive_seed("webshop catalogue", seed))
     letters = string.ascii_uppercase
     records, notes = [], {}
-    for code in rng.sample(range(26 * 26 * 100), num_products):
+    # All catalogues have the same numbers, other products behind them.
+    for code in random.Random(0).sample(range(26 * 26 * 100), num_products):
         asin = f"{letters[code // 2600]}{letters[code // 100 % 26]}{code % 100:02d}"
         category = rng.choice(list(KINDS))
         queries, attributes, names = KINDS[category].split("; ")
@@ -982,6 +983,8 @@ class WebShop(Env):
         human_goals: people's instructions instead of synthetic ones; needs data
         turns: turns per episode, of one action and one model call each
         compact: short pages that list three products; default: with a generated catalogue
+        shops: generated catalogues to train in, lest a policy learn one by heart; validation goals
+            are of the first, held out
         shop_seed: seed of prices, goals, their order, and the generated catalogue
         original: goals that cannot be won, another goal after every purchase, click[search]
     """
@@ -998,6 +1001,7 @@ class WebShop(Env):
         human_goals: bool = False,
         turns: int = 12,
         compact: bool | None = None,
+        shops: int = 32,
         shop_seed: int = 0,
         original: bool = False,
     ):
@@ -1005,9 +1009,12 @@ class WebShop(Env):
         is_some = products is None or products >= 1
         check(is_some, f"--products {products}", "webshop needs at least one product")
         has_data = data is not None
+        check(1 <= shops <= 64, f"--shops {shops}", "webshop has 1 to 64 generated catalogues")
         problem = "needs --data, a folder with items_human_ins.json"
         check(has_data or not human_goals, "--human_goals", problem)
-        self.shop = open_shop(data, products, human_goals, shop_seed)
+        self.files, self.shop_seed = (data, products, human_goals), shop_seed
+        self.num_shops = 1 if has_data or original else shops
+        self.shop = open_shop(*self.files, shop_seed)
         self.turn_limit, self.original = turns, original
         self.compact = not has_data if compact is None else compact
 
@@ -1029,9 +1036,15 @@ class WebShop(Env):
         if self.original and seed == self.seed:
             return self.start()  # the original restarts with the goal that it happens to have
         if seed >= EVAL_SEED:
-            number = self.validation[(seed - EVAL_SEED) % len(self.validation)]
+            shop, goals, draw = 0, self.validation, seed - EVAL_SEED
         else:
-            number = self.training[derive_seed("webshop", seed) % len(self.training)]
+            shop = derive_seed("webshop shop", seed) % self.num_shops
+            goals, draw = self.training, derive_seed("webshop", seed)
+        shop_seed = derive_seed("webshop shop", self.shop_seed, shop) if shop else self.shop_seed
+        self.shop = open_shop(*self.files, shop_seed)
+        if shop:  # nothing is held out there
+            goals = self.shop.winnable
+        number = goals[draw % len(goals)]
         self.goal, self.seed = self.shop.goals[number], seed
         self.way = None if self.original else self.shop.ways[number]
         self.task = self.goal.text.strip()
@@ -1045,7 +1058,8 @@ class WebShop(Env):
         return observation, {"won": False, "task_score": 0.0}
 
     def task_key(self) -> str:
-        return f"{self.goal.product.asin} {self.goal.text}"
+        product = self.goal.product
+        return f"{product.asin} {product.title} {self.goal.text}"
 
     def num_eval_tasks(self) -> int:
         return len(self.validation)
