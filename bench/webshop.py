@@ -21,7 +21,7 @@ webshop = load_module(f"{ROOT}/worlds/webshop.py", 0)
 def measure(data: str | None, products: int, compact: bool) -> None:
     """Open a shop, search, and play 1000 episodes; print what each took."""
     start = time.perf_counter()
-    env = webshop.WebShop(data, products, compact=compact)
+    env = webshop.WebShop(data, products, compact=compact, shops=1)
     seconds, shop = time.perf_counter() - start, env.shop
     arrays = (shop.index.texts, shop.index.saturation, shop.index.starts, shop.index.idf)
     print(
