@@ -83,6 +83,8 @@ def test_minesweeper(name, way):
         ("imitation, before RL | 19", "minesweeper-smollm2", "warm"),
         ("meta-RL | 20", "minesweeper-smollm2", "meta"),
         ("RL of single episodes", "minesweeper-smollm2", "rl"),
+        ("100 steps of imitation", "alfworld-smollm2", "warm"),
+        ("then six of meta-RL", "alfworld-smollm2", "meta"),
     ],
 )
 def test_one_seed(name, results, method):
