@@ -85,6 +85,7 @@ def test_minesweeper(name, way):
         ("RL of single episodes", "minesweeper-smollm2", "rl"),
         ("100 steps of imitation", "alfworld-smollm2", "warm"),
         ("then six of meta-RL", "alfworld-smollm2", "meta"),
+        ("then six of RL", "alfworld-smollm2", "rl"),
     ],
 )
 def test_one_seed(name, results, method):
