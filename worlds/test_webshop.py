@@ -681,15 +681,15 @@ def test_validation_goals_are_held_out_and_fixed():
 
 def test_training_goes_through_several_catalogues():
     """Of the same numbers and other products; validation goals are of the first."""
-    env, only = WebShop(shops=3), WebShop(shops=1)
+    env, same, only = WebShop(shops=3), WebShop(shops=3), WebShop(shops=1)
     first, shops = env.shop, set()
     for seed in range(40):
         env.reset(seed)
         shops.add(env.shop)
         if env.shop is first:
             assert env.shop.goals.index(env.goal) in env.training
-        again = env.goal
-        assert WebShop(shops=3).reset(seed) and env.reset(seed) and env.goal is again
+        same.reset(seed)
+        assert same.goal is env.goal
         env.reset(2**31 + seed)
         only.reset(2**31 + seed)
         assert env.shop is first and env.goal is only.goal
@@ -747,6 +747,15 @@ def test_novice_follows_its_notes():
         env.step(env.parse(env.scripted(0.0, random.Random(0)))[0])
     notes = [env.scripted_reflection(random.Random(i)) for i in range(50)]
     assert sum(f"[{bad}]" in note for note in notes) > 30
+
+
+def test_novice_repeats_its_search():
+    """Else what its notes advise would not be listed again."""
+    env = WebShop()
+    for seed in range(5):
+        env.reset(seed)
+        actions = [env.parse(env.scripted(0.0, random.Random(i)))[0] for i in range(100)]
+        assert max(map(actions.count, actions)) > 85
 
 
 def test_reflection_tells_a_wrong_product_from_missed_options():

@@ -1012,9 +1012,9 @@ class WebShop(Env):
         check(1 <= shops <= 64, f"--shops {shops}", "webshop has 1 to 64 generated catalogues")
         problem = "needs --data, a folder with items_human_ins.json"
         check(has_data or not human_goals, "--human_goals", problem)
-        self.files, self.shop_seed = (data, products, human_goals), shop_seed
+        self.source, self.shop_seed = (data, products, human_goals), shop_seed
         self.num_shops = 1 if has_data or original else shops
-        self.shop = open_shop(*self.files, shop_seed)
+        self.shop = self.first_shop = open_shop(*self.source, shop_seed)
         self.turn_limit, self.original = turns, original
         self.compact = not has_data if compact is None else compact
 
@@ -1035,15 +1035,14 @@ class WebShop(Env):
     def reset(self, seed: int) -> tuple[str, dict[str, Any]]:
         if self.original and seed == self.seed:
             return self.start()  # the original restarts with the goal that it happens to have
-        if seed >= EVAL_SEED:
-            shop, goals, draw = 0, self.validation, seed - EVAL_SEED
-        else:
-            shop = derive_seed("webshop shop", seed) % self.num_shops
+        self.shop, goals, draw = self.first_shop, self.validation, seed - EVAL_SEED
+        if seed < EVAL_SEED:
             goals, draw = self.training, derive_seed("webshop", seed)
-        shop_seed = derive_seed("webshop shop", self.shop_seed, shop) if shop else self.shop_seed
-        self.shop = open_shop(*self.files, shop_seed)
-        if shop:  # nothing is held out there
-            goals = self.shop.winnable
+            nth = derive_seed("webshop shop", seed) % self.num_shops
+            if nth > 0:  # another catalogue, of which nothing is held out
+                shop_seed = derive_seed("webshop shop", self.shop_seed, nth)
+                self.shop = open_shop(*self.source, shop_seed)
+                goals = self.shop.winnable
         number = goals[draw % len(goals)]
         self.goal, self.seed = self.shop.goals[number], seed
         self.way = None if self.original else self.shop.ways[number]
