@@ -1601,6 +1601,22 @@ def test_a_hub_model_with_short_prompts_is_not_the_tiny_one(tmp_path, tiny):
     assert train.eval_sampling(tiny[2]).temperature == 1
 
 
+def test_a_hub_model_computes_in_bfloat16_where_the_cpu_does(monkeypatch):
+    given = dict(env="lockbox", model="some/model", device="cpu", warm_steps=1)
+    x86 = {"avx512_bf16": False, "amx_bf16": False, "avx2": True}
+    for able, dtype in (
+        (x86, "float32"),
+        (x86 | {"avx512_bf16": True}, "bfloat16"),
+        (x86 | {"amx_bf16": True}, "bfloat16"),
+        ({"neon": True, "bf16": True}, "bfloat16"),
+        ({"neon": True, "bf16": False}, "float32"),
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: able)
+        assert train.make_config(**given).dtype == dtype
+        assert train.make_config(**given, dtype="bfloat16").dtype == "bfloat16", "given"
+        assert train.make_config(**given | {"model": "tiny"}).dtype == "float32"
+
+
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=SLOW)])
 def test_any_model_can_be_warm_started(dtype, tmp_path):
     folder = hub_folder(tmp_path / "hub", "llama")

@@ -1076,10 +1076,14 @@ class AlfWorld(Env):
         """The places, the task, and a line a turn, "go to desk 1: pen 1, mug 2".
 
         Of the choices, most of a prompt, only what is in reach and not named yet is kept: two
-        places can be one. Prompts of an episode begin alike, so an update computes little more than
-        a line a turn.
+        places can be one. Where there are none, before a reflection, comes what was seen, as a note
+        would say it, "mug 2 in desk 1". Prompts of an episode begin alike, so an update computes
+        little more than a line a turn.
         """
         turns = [f"{action}: {glimpse(observation)}" for action, observation, _ in records]
+        if not choices:
+            names = self.state.game.names
+            turns += [f"{names[thing]} in {names[place]}" for thing, place in self.seen.items()]
         if choices:
             near = [command for command in self.actions() if not command.startswith("go to ")]
             new = set(re.findall(NAME, " ".join(near))) - set(re.findall(NAME, " ".join(turns)))

@@ -807,5 +807,7 @@ def test_a_compact_prompt_shows_what_a_note_is_made_of():
             if reply.startswith("<remark>"):
                 named = re.findall(r"\w+ \d+", reply)
                 assert all(name in prompt for name in named), (prompt, reply)
+                places = re.findall(r"\w+ \d+ in \w+ \d+", reply)
+                assert {*places} <= {*prompt.split("\n")}, "word for word"
                 num_notes += 1
     assert num_notes > 20
