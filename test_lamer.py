@@ -66,11 +66,13 @@ from envs import (
 )
 from lamer import PastEpisode, Policy, Reply, Trial, Turn, run_trial
 from policy import (
+    Muon,
     Recorder,
     checkpoints,
     imitate,
     load_policy,
     newest_checkpoint,
+    orthogonal,
     save_policy,
     scripted_batches,
     scripted_trial,
@@ -2854,6 +2856,24 @@ def test_a_run_is_set_up_as_its_options_say(tiny, tmp_path):
     assert limits == (3, 7, 900 + 7)
     [trial] = sampler.rollout(config, run.sampler, [0], [0], Sampling())
     assert "Give only" in run.sampler.chat.decode(trial.turns[0].prompt_ids)
+
+
+def test_muon_moves_matrices_as_torchs_does():
+    torch.manual_seed(0)
+    shapes = [(24, 24), (48, 24), (24, 48), (24, 24)]
+    start = [torch.randn(shape) for shape in shapes]
+    ours, theirs = ([torch.nn.Parameter(each.clone()) for each in start] for _ in range(2))
+    optimizers = Muon(ours, lr=0.02), torch.optim.Muon(theirs, lr=0.02, weight_decay=0.0)
+    for _ in range(3):
+        for mine, their in zip(ours, theirs, strict=True):
+            mine.grad = torch.randn(mine.shape)
+            their.grad = mine.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for mine, their, before in zip(ours, theirs, start, strict=True):
+        assert (mine - their).norm() < 0.02 * (their - before).norm(), "torch's is rounded to bf16"
+        around_1 = torch.linalg.svdvals(orthogonal(before[None])[0])
+        assert around_1.min() > 0.3 and around_1.max() < 1.3
 
 
 def test_the_warm_start_is_as_its_options_say(tmp_path, monkeypatch):

@@ -215,7 +215,7 @@ TINY_ENV_RECIPES = {
         steps=80,
         minibatch=128,
         max_prompt=256,
-        warm_steps=4700,
+        warm_steps=2400,
         warm_lr=3e-3,
         env_options=dict(turns=7),  # one purchase: what it teaches is for the next episode
     ),
