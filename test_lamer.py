@@ -1284,8 +1284,8 @@ def replies_of(trials):
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_continuous_batching_equals_generate(tiny, temperature):
     sampling = Sampling(seed=3, temperature=temperature)
-    ours = play(tiny, sampling=sampling, slots=7)
-    plain = play(tiny, "generate", sampling=sampling)
+    ours = play(tiny, num=12, sampling=sampling, slots=5)
+    plain = play(tiny, "generate", num=12, sampling=sampling)
     assert replies_of(ours) == replies_of(plain)
     for a, b in zip(turns_of(ours), turns_of(plain), strict=True):
         assert np.allclose(a.logps, b.logps, atol=1e-4)
@@ -2437,7 +2437,7 @@ def test_the_value_head_learns_and_leaves_the_policy_alone(tiny, batch):
     options = dict(estimator="ppo", lr=0.0, value_lr=1e-1)
     config, policy, optimizer = learner(tiny, value_head, **options)
     losses = []
-    for step in range(60):
+    for step in range(30):
         lamer.compute_values(policy, batch, config)
         lamer.ppo_advantages(batch, 0.95, 0.6)
         losses.append(update(config, policy, optimizer, batch, step=step)["value_loss"])
