@@ -159,9 +159,11 @@ def older_checkpoint(newest: str | Path) -> Path | None:
 
 # ----------------------------------------------------------------------- the tiny policy
 
-# Pieces of text that become one token each: tags, (row, col), row labels, words, single signs.
+# Pieces of text that become one token each: tags, (row, col), row labels, the letters that a number
+# begins with, words, single signs.
 PIECES = re.compile(
-    r"</?\w+>|\(\d+, \d+\)|\n?(?:[A-Z]\w* )?\d+:|\n\w+(?![\w,])| ?\w+,?| ?[^\w\s]|\s"
+    r"</?\w+>|\(\d+, \d+\)|\n?(?:[A-Z]\w* )?\d+:|\n\w+(?![\w,])| ?[a-z]+(?=\d)| ?\w+,?"
+    r"| ?[^\w\s]|\s"
 )
 
 

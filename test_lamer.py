@@ -71,6 +71,7 @@ from policy import (
     checkpoints,
     imitate,
     load_policy,
+    make_tokenizer,
     newest_checkpoint,
     orthogonal,
     save_policy,
@@ -1495,6 +1496,17 @@ def test_the_tiny_tokenizer_takes_any_text(tiny, text):
     assert chat.decode(ids) == text
     assert chat.encode(text) == chat.head + ids + chat.tail
     assert chat.head and chat.tail
+
+
+def test_a_number_is_told_by_its_letters_and_its_digits():
+    tokenizer = make_tokenizer(["try [ab12]", "go to mug 1", "(1, 2)", " ab", "12"])
+    for text, parts in (
+        ("try [ab12]", ["try", " [", "ab", "12", "]"]),
+        ("go to mug 1", ["go", " to", " mug", " 1"]),
+        ("(1, 2)", ["(1, 2)"]),
+    ):
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        assert [tokenizer.decode([i]) for i in ids] == parts
 
 
 def test_the_tiny_tokenizer_covers_every_prompt(tiny):

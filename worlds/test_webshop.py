@@ -699,6 +699,15 @@ def test_training_goes_through_several_catalogues():
     assert len(numbers) == 1 and len(titles) == 3
 
 
+@pytest.mark.parametrize(("num_products", "side"), [(1, 1), (300, 18), (2000, 45)])
+def test_product_numbers_are_of_few_letters_and_few_digits(num_products, side):
+    records, _ = webshop.generate_catalogue(num_products, 0)
+    numbers = [record["asin"] for record in records]
+    halves = [re.fullmatch(r"([A-Z]{2})(\d{2})", number).groups() for number in numbers]
+    assert len({*numbers}) == num_products
+    assert [len({*half}) for half in zip(*halves, strict=True)] == [side, side]
+
+
 def test_a_generated_catalogue_hides_an_attribute_from_the_search():
     env = WebShop()
     num_opened = 0

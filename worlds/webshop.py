@@ -776,9 +776,11 @@ def generate_catalogue(num_products: int, seed: int) -> tuple[list[dict[str, Any
     rng = random.Random(derive_seed("webshop catalogue", seed))
     letters = string.ascii_uppercase
     records, notes = [], {}
-    # All catalogues have the same numbers, other products behind them.
-    for code in random.Random(0).sample(range(26 * 26 * 100), num_products):
-        asin = f"{letters[code // 2600]}{letters[code // 100 % 26]}{code % 100:02d}"
+    # All catalogues have the same numbers, other products behind them. They share few letters and
+    # few digits: a number that is made of what is often met is sooner copied.
+    side = math.isqrt(num_products - 1) + 1
+    for code in random.Random(0).sample(range(side * side), num_products):
+        asin = f"{letters[code // side // 26]}{letters[code // side % 26]}{code % side:02d}"
         category = rng.choice(list(KINDS))
         queries, attributes, names = KINDS[category].split("; ")
         query = rng.choice(queries.split())
