@@ -209,7 +209,10 @@ TINY_ENV_RECIPES = {
         tiny_hidden=64,
         tiny_layers=2,
     ),
-    "minesweeper": dict(env_options=dict(size=4, mines=2, turns=9)),
+    "minesweeper": dict(
+        warm_steps=1200,  # after 600 notes were hardly used before RL
+        env_options=dict(size=4, mines=2, turns=9),
+    ),
     "sokoban": dict(steps=120, warm_steps=500, warm_batch=48, env_options=dict(boxes=1)),
     "webshop": dict(
         steps=80,
