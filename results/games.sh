@@ -2,8 +2,8 @@
 # The games: meta-RL and RL of equal budget, both from one warm start; is the memory used?
 #   results/games.sh tiny FOLDER minesweeper 0 1 2       seeds; 20 minutes each on one core
 #   results/games.sh smollm2 FOLDER minesweeper 0        a model's folder (bench/smollm2.py)
-# TASKS=1024 plays that many fixed tasks where 256 are the rule, WARM=100 imitates for so many steps,
-# where 60 are the rule for a model's folder.
+# 256 fixed tasks, 1,024 for the tiny policy before RL (is its memory used?); TASKS=128 plays so many.
+# WARM=100 imitates for so many steps, where 60 are the rule for a model's folder.
 # FOLDER is where runs are kept. What is done is skipped, and a killed run goes on; the results are
 # results/ENV-MODEL-METHOD-sSEED-MEMORY.json, METHOD being warm, meta or rl.
 set -euo pipefail
@@ -19,8 +19,12 @@ if [ "$model" = tiny ] && [ ! -f "${novice}none.json" ]; then # whom the warm st
 fi
 for seed in "${seeds[@]}"; do
     for method in warm meta rl; do
+        tasks=256
         case $method in
-            warm) more=(--steps 0) ;;
+            warm)
+                more=(--steps 0)
+                [ "$model" != tiny ] || tasks=1024
+                ;;
             meta) more=() ;;
             rl) more=(--episodes 1 --group_size 24) ;; # as many episodes as 8 trials of 3
         esac
@@ -35,7 +39,7 @@ for seed in "${seeds[@]}"; do
             [ $method = rl ] && [ $memory != none ] && continue
             [ -f "results/$key-$memory.json" ] && continue
             python eval.py --model "$out" --memory $memory --json "results/$key-$memory.json" \
-                --num_tasks "${TASKS:-256}"
+                --num_tasks "${TASKS:-$tasks}"
         done
     done
 done
