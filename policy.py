@@ -160,9 +160,10 @@ def older_checkpoint(newest: str | Path) -> Path | None:
 # ----------------------------------------------------------------------- the tiny policy
 
 # Pieces of text that become one token each: tags, (row, col), row labels, the letters that a number
-# begins with, words, single signs.
+# begins with, numbers, words, single signs. What is to be copied should be the same pieces wherever
+# it stands: "mug 1, pen 2" has the " 1" of "mug 1".
 PIECES = re.compile(
-    r"</?\w+>|\(\d+, \d+\)|\n?(?:[A-Z]\w* )?\d+:|\n\w+(?![\w,])| ?[a-z]+(?=\d)| ?\w+,?"
+    r"</?\w+>|\(\d+, \d+\)|\n?(?:[A-Z]\w* )?\d+:|\n\w+(?![\w,])| ?[a-z]+(?=\d)| ?\d+| ?\w+,?"
     r"| ?[^\w\s]|\s"
 )
 
@@ -275,7 +276,7 @@ def warm_policy(config: Any) -> Path:
     recorder, rng = Recorder(), random.Random(config.seed)
     for seed in range(VOCABULARY_TRIALS):
         scripted_trial(env, seed, chat=recorder, skill=env.warm_skill, rng=rng, **play)
-    folder = warm_folder(config, env.name, play, recorder.texts)
+    folder = warm_folder(config, env, play, recorder.texts)
     if folder.is_dir():
         return folder
 
@@ -293,17 +294,18 @@ def warm_policy(config: Any) -> Path:
     return folder
 
 
-def warm_folder(config: Any, env_name: str, play: dict[str, Any], texts: Sequence[str]) -> Path:
+def warm_folder(config: Any, env: Env, play: dict[str, Any], texts: Sequence[str]) -> Path:
     """Where a warm-started policy is kept: its name has a hash of all that makes it what it is."""
     names = ["seed", "warm_steps", "warm_batch", "warm_lr", "model"]
     names += ["tiny_hidden", "tiny_layers"] if config.model == "tiny" else ["dtype"]
     options = {name: getattr(config, name) for name in names}
     # The texts stand for the environment's rules, which a user may be editing; so may a model be.
     files = [(str(p), p.stat().st_mtime) for p in sorted(Path(config.model).glob("*.safetensors"))]
-    key = json.dumps([WARM_VERSION, options, play, config.env_options, texts, files])
+    how = [PIECES.pattern, env.warm_share, env.warm_note_weight]
+    key = json.dumps([WARM_VERSION, options, play, config.env_options, how, texts, files])
     key = hashlib.sha256(key.encode()).hexdigest()[:12]
     cache = Path(os.environ.get("LAMER_CACHE", "~/.cache/lamer")).expanduser()
-    return cache / f"{Path(config.model).name}-{env_name}-{key}"
+    return cache / f"{Path(config.model).name}-{env.name}-{key}"
 
 
 def imitator(
@@ -331,7 +333,8 @@ def imitator(
     name = f"warm start on {env.name}"
     bar = tqdm(range(config.warm_steps), desc=name, mininterval=1, file=sys.stderr)
     for _ in bar:
-        loss = imitate(policy, next(batches), config.microbatch_tokens, with_prompts=is_new)
+        turns = next(batches)
+        loss = imitate(policy, turns, config.microbatch_tokens, is_new, env.warm_note_weight)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
             optimizer.step()
@@ -417,9 +420,13 @@ def scripted_batches(
 
 
 def imitate(
-    policy: Policy, turns: Sequence[Turn], microbatch_tokens: int, with_prompts: bool
+    policy: Policy,
+    turns: Sequence[Turn],
+    microbatch_tokens: int,
+    with_prompts: bool,
+    note_weight: float = 1.0,
 ) -> float:
-    """Gradient of the mean loss over reply tokens; returns the loss.
+    """Gradient of the mean loss over reply tokens, `note_weight` times in reflections; the loss.
 
     `with_prompts` adds the mean over prompt tokens: predicting a board from its remembered picture
     is what teaches a small model to look back.
@@ -434,7 +441,8 @@ def imitate(
         for turn in batch:
             if with_prompts:
                 weights += [1 / num_prompts] * (len(turn.prompt_ids) - 1)
-            weights += [1 / num_replies] * len(turn.reply_ids)
+            weight = note_weight if turn.phase == "reflect" else 1.0
+            weights += [weight / num_replies] * len(turn.reply_ids)
         logps = policy(scored).logps  # (T,)
         loss = -(logps * torch.tensor(weights, device=logps.device)).sum()
         loss.backward()

@@ -77,6 +77,7 @@ from policy import (
     save_policy,
     scripted_batches,
     scripted_trial,
+    warm_folder,
     warm_policy,
 )
 from sampler import EVAL_SEED, ContinuousSampler, GenerateSampler, RowCache, Sampling, make_sampler
@@ -2915,6 +2916,31 @@ def test_the_warm_start_is_as_its_options_say(tmp_path, monkeypatch):
             taken += trials.pop(256).turns  # the first were for the vocabulary
         assert batch == taken
     assert {turn.episode for batch in batches for turn in batch} == {0, 1}
+
+
+def test_notes_weigh_in_imitation_what_they_are_told_to(tiny, played):
+    policy, turns = Policy(copy.deepcopy(tiny[1]), tiny[2].vocab_size), turns_of(played[:4])
+    notes = [turn for turn in turns if turn.phase == "reflect"]
+    share = sum(len(turn.reply_ids) for turn in notes) / sum(len(t.reply_ids) for t in turns)
+
+    def loss(turns, note_weight):
+        return imitate(policy, turns, 10**6, False, note_weight)
+
+    more = 2 * share * loss(notes, 1.0)
+    assert loss(turns, 3.0) - loss(turns, 1.0) == pytest.approx(more, rel=1e-3)
+
+
+def test_another_imitation_has_another_folder(tiny, monkeypatch):
+    def folder():
+        return warm_folder(tiny[0], make_env("minesweeper"), dict(episodes=3), ["a text"])
+
+    folders = [folder(), folder()]
+    monkeypatch.setattr("policy.PIECES", re.compile("."))
+    folders.append(folder())
+    for name in ("warm_share", "warm_note_weight"):
+        monkeypatch.setattr(MineSweeper, name, 0.3)
+        folders.append(folder())
+    assert folders[0] == folders[1] and len({*folders}) == 4
 
 
 def help_of(main, *flags, capsys):

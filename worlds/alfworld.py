@@ -956,7 +956,7 @@ class AlfWorld(Env):
 
     name = "alfworld"
     history_length = history_observations = 15
-    warm_skill = 0.0
+    warm_skill, warm_note_weight = 0.0, 5.0  # notes are one turn in twenty, and hard to learn
     action_format = "exactly one of the listed actions inside <action> </action>"
 
     def __init__(
@@ -1077,13 +1077,14 @@ class AlfWorld(Env):
 
         Of the choices, most of a prompt, only what is in reach and not named yet is kept: two
         places can be one. Where there are none, before a reflection, comes what was seen, as a note
-        would say it, "mug 2 in desk 1". Prompts of an episode begin alike, so an update computes
-        little more than a line a turn.
+        says it, "seen mug 2 in desk 1, pen 1 in desk 1". Prompts of an episode begin alike, so an
+        update computes little more than a line a turn.
         """
         turns = [f"{action}: {glimpse(observation)}" for action, observation, _ in records]
-        if not choices:
+        if self.seen and not choices:
             names = self.state.game.names
-            turns += [f"{names[thing]} in {names[place]}" for thing, place in self.seen.items()]
+            seen = [f"{names[thing]} in {names[place]}" for thing, place in self.seen.items()]
+            turns += ["seen " + ", ".join(seen)]
         if choices:
             near = [command for command in self.actions() if not command.startswith("go to ")]
             new = set(re.findall(NAME, " ".join(near))) - set(re.findall(NAME, " ".join(turns)))
@@ -1158,8 +1159,10 @@ class AlfWorld(Env):
         """Where wanted objects were seen, or where none is."""
         names, wanted = self.state.game.names, self.wanted(self.state.game.goal)
         found = [f"{names[o]} in {names[r]}" for o, r in self.seen.items() if o in wanted]
-        if found or not wanted or not self.looked:
-            return f"<remark>{', '.join(found)}</remark>"
+        if found:
+            return f"<remark>seen {', '.join(found)}</remark>"
+        if not wanted or not self.looked:
+            return "<remark></remark>"
         kind = self.state.game.kind[wanted[0]]
         places = ", ".join(names[r] for r in sorted(self.looked))
         return f"<remark>no {kind} in {places}</remark>"
