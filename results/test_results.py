@@ -77,7 +77,7 @@ def test_minesweeper(name, way):
         ("imitation, then meta-RL", "alfworld-tiny", "meta"),
         ("imitation, then RL of", "alfworld-tiny", "rl"),
         ("the player imitated", "minesweeper1200-tiny", "novice"),
-        ("imitation, before RL | 20", "minesweeper1200-tiny", "warm"),
+        ("imitated, before RL", "minesweeper1200-tiny", "warm"),
         ("imitated, then meta-RL", "minesweeper1200-tiny", "meta"),
         ("imitated, then RL", "minesweeper1200-tiny", "rl"),
         ("the imitated player", "webshop-tiny", "novice"),
