@@ -351,8 +351,8 @@ class Muon(torch.optim.Optimizer):
     in bfloat16, which on a CPU without instructions for it takes longer than all else of a step.
     """
 
-    def __init__(self, matrices: Sequence[torch.nn.Parameter], lr: float, momentum: float = 0.95):
-        super().__init__(matrices, dict(lr=lr, momentum=momentum))
+    def __init__(self, matrices: Sequence[torch.nn.Parameter], lr: float):
+        super().__init__(matrices, dict(lr=lr))
 
     @torch.no_grad()
     def step(self) -> None:
@@ -360,8 +360,8 @@ class Muon(torch.optim.Optimizer):
             same_shape = defaultdict(list)
             for matrix in group["params"]:
                 mean = self.state[matrix].setdefault("mean", torch.zeros_like(matrix))
-                mean.lerp_(matrix.grad, 1 - group["momentum"])
-                update = matrix.grad.lerp(mean, group["momentum"])  # Nesterov's
+                mean.lerp_(matrix.grad, 0.05)
+                update = matrix.grad.lerp(mean, 0.95)  # Nesterov's
                 same_shape[matrix.shape].append((matrix, update))
             for (rows, columns), pairs in same_shape.items():
                 updates = orthogonal(torch.stack([update for _, update in pairs]))

@@ -1081,14 +1081,14 @@ class AlfWorld(Env):
         update computes little more than a line a turn.
         """
         turns = [f"{action}: {glimpse(observation)}" for action, observation, _ in records]
-        if self.seen and not choices:
-            names = self.state.game.names
-            seen = [f"{names[thing]} in {names[place]}" for thing, place in self.seen.items()]
-            turns += ["seen " + ", ".join(seen)]
         if choices:
             near = [command for command in self.actions() if not command.startswith("go to ")]
             new = set(re.findall(NAME, " ".join(near))) - set(re.findall(NAME, " ".join(turns)))
             turns += ["here: " + ", ".join(sorted(new))] if new else []
+        elif self.seen:
+            names = self.state.game.names
+            seen = [f"{names[thing]} in {names[place]}" for thing, place in self.seen.items()]
+            turns.append("seen " + ", ".join(seen))
         return "\n".join([glimpse(initial), initial.rpartition("\n")[2], *turns])
 
     def anchor(self) -> str:
