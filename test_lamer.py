@@ -3175,12 +3175,12 @@ def test_an_older_checkpoint_goes_on_in_a_new_folder(finished_run, tmp_path):
 @pytest.mark.slow
 def test_a_long_run_does_not_grow(finished_run, tmp_path):
     flags = (
-        "--num_tasks 2 --group_size 4 --steps 500 --eval_every 100 --save_every 100 --device cpu"
+        "--num_tasks 2 --group_size 4 --steps 200 --eval_every 50 --save_every 50 --device cpu"
     )
     flags = [*flags.split(), "--lr", 1e-6]  # it stays what it is: its replies do not grow either
     run("train.py", "--model", finished_run, "--out", tmp_path / "run", *flags)
     peaks = [row["peak_gb"] for row in rows(tmp_path / "run" / "metrics.jsonl")]
-    assert peaks[499] - peaks[149] < 0.02, "in GB"
+    assert peaks[199] - peaks[99] < 0.01, "in GB"
 
 
 @pytest.mark.slow
