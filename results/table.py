@@ -13,6 +13,7 @@ seeds.
 import json
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -48,12 +49,17 @@ def success(by_seed: dict[str, np.ndarray]) -> str:
     return f"{mean} ({shares[:, -1].min():.0f}..{shares[:, -1].max():.0f})"
 
 
+def interval(by_seed: Sequence[np.ndarray]) -> np.ndarray:
+    """95% interval (2,) of the mean over seeds of the mean over tasks, each (tasks,)."""
+    rng = np.random.default_rng(0)
+    draws = [each[rng.integers(len(each), size=(10_000, len(each)))].mean(1) for each in by_seed]
+    return np.quantile(np.mean(draws, axis=0), [0.025, 0.975])
+
+
 def compare(ours: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> str:
     """The difference of two ways after their last episode, over the seeds that both have."""
     pairs = [ours[seed][:, -1] * 1.0 - other[seed][:, -1] for seed in ours if seed in other]
-    rng = np.random.default_rng(0)
-    draws = [pair[rng.integers(len(pair), size=(10_000, len(pair)))].mean(1) for pair in pairs]
-    low, high = np.quantile(np.mean(draws, axis=0), [0.025, 0.975]) * 100
+    low, high = interval(pairs) * 100
     each = ", ".join(f"{100 * pair.mean():+.1f}" for pair in pairs)
     return (
         f"{100 * np.mean([pair.mean() for pair in pairs]):+.1f} [{low:+.1f}, {high:+.1f}] ({each})"
