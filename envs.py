@@ -79,6 +79,7 @@ class Env:
     plans_from_start = False  # True: compact reflection prompts show the first observation, too
     warm_skill = 0.5  # skill of the scripted player that the tiny policy is warm-started on
     warm_share = 1.0  # share of the turns after an episode's first that it is warm-started on
+    warm_token = ""  # pattern of what the tiny policy reads as one token, beside words and numbers
     warm_note_weight = 1.0  # weight of reflections in the loss of the warm start
 
     def reset(self, seed: int) -> tuple[str, dict[str, Any]]:

@@ -31,7 +31,6 @@ from transformers import (
     AutoTokenizer,
     PreTrainedTokenizerFast,
     Qwen3Config,
-    Qwen3ForCausalLM,
 )
 
 from envs import Env, derive_seed, make_env, reason
@@ -170,9 +169,13 @@ PIECES = re.compile(
 )
 
 
-def make_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
-    """A tokenizer whose tokens are the pieces of these texts, and bytes for everything else."""
-    pieces = sorted({piece for text in texts for piece in PIECES.findall(text)})
+def make_tokenizer(texts: Sequence[str], whole: str = "") -> PreTrainedTokenizerFast:
+    """A tokenizer whose tokens are the pieces of these texts, and bytes for everything else.
+
+    What matches the pattern `whole` is one piece, too.
+    """
+    pattern = re.compile(f"{whole}|{PIECES.pattern}" if whole else PIECES)
+    pieces = sorted({piece for text in texts for piece in pattern.findall(text)})
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {byte: i for i, byte in enumerate(alphabet)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -326,7 +329,7 @@ def warm_folder(config: Any, env: Env, play: dict[str, Any], texts: Sequence[str
     options = {name: getattr(config, name) for name in names}
     # The texts stand for the environment's rules, which a user may be editing; so may a model be.
     files = [(str(p), p.stat().st_mtime) for p in sorted(Path(config.model).glob("*.safetensors"))]
-    how = [PIECES.pattern, env.warm_share, env.warm_note_weight]
+    how = [PIECES.pattern, env.warm_token, env.warm_share, env.warm_note_weight]
     key = json.dumps([WARM_VERSION, options, play, config.env_options, how, texts, files])
     key = hashlib.sha256(key.encode()).hexdigest()[:12]
     cache = Path(os.environ.get("LAMER_CACHE", "~/.cache/lamer")).expanduser()
@@ -340,9 +343,10 @@ def imitator(
     torch.manual_seed(config.seed)
     is_new = config.model == "tiny"
     if is_new:
-        tokenizer = make_tokenizer(texts)
+        tokenizer = make_tokenizer(texts, env.warm_token)
         chat = Chat(tokenizer)
-        model = Qwen3ForCausalLM(tiny_shape(config, len(tokenizer), tokenizer.eos_token_id))
+        shape = tiny_shape(config, len(tokenizer), tokenizer.eos_token_id)
+        model = AutoModelForCausalLM.from_config(shape)
         optimizers = make_optimizers(model, config.warm_lr)
     else:
         model, chat = load_policy(config.model, torch.float32, config.device)

@@ -110,7 +110,8 @@ def cache(tmp_path_factory, request):
 
 
 TINY = dict(env="minesweeper", model="tiny", device="cpu", max_reply=32)
-TINY |= dict(tiny_hidden=32, tiny_layers=2, warm_steps=160, warm_batch=32)
+# The seed of SMALL below, so that both are warm-started once.
+TINY |= dict(tiny_hidden=32, tiny_layers=2, warm_steps=160, warm_batch=32, seed=1)
 
 
 @pytest.fixture(scope="session")
@@ -3009,12 +3010,12 @@ def test_another_imitation_has_another_folder(tiny, monkeypatch):
     folders = [folder(), folder()]
     monkeypatch.setattr("policy.PIECES", re.compile("."))
     folders.append(folder())
-    for name in ("warm_share", "warm_note_weight"):
-        monkeypatch.setattr(MineSweeper, name, 0.3)
+    for name, value in (("warm_share", 0.3), ("warm_note_weight", 0.3), ("warm_token", "a b")):
+        monkeypatch.setattr(MineSweeper, name, value)
         folders.append(folder())
     tiny = replace(tiny[0], warm_corrected=0.5), *tiny[1:]
     folders.append(folder())
-    assert folders[0] == folders[1] and len({*folders}) == 5
+    assert folders[0] == folders[1] and len({*folders}) == 6
 
 
 def help_of(main, *flags, capsys):

@@ -54,7 +54,6 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
@@ -229,7 +228,7 @@ TINY_ENV_RECIPES = {
         steps=60,
         minibatch=128,
         max_prompt=256,
-        warm_steps=4700,
+        warm_steps=3600,
         warm_lr=3e-3,
         env_options=dict(receptacles=8, objects=8),
     ),
@@ -676,6 +675,8 @@ def make_optimizer(policy: Policy, config: Config) -> torch.optim.Optimizer:
     # The default on a GPU makes temporary copies as large as a moment.
     options["fused"] = config.device == "cuda"
     if world_size() > 1:
+        from torch.distributed.optim import ZeroRedundancyOptimizer  # takes a second
+
         return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **options)
     return torch.optim.AdamW(groups, **options)
 
@@ -829,7 +830,7 @@ def load_moments(policy: Policy, optimizer: torch.optim.Optimizer, folder: Path)
 
 def local(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """This process' own AdamW; ZeRO keeps it inside."""
-    return optimizer.optim if isinstance(optimizer, ZeroRedundancyOptimizer) else optimizer
+    return getattr(optimizer, "optim", optimizer)
 
 
 def trim_log(old: Path, new: Path, steps: int) -> None:

@@ -957,6 +957,7 @@ class AlfWorld(Env):
     name = "alfworld"
     history_length = history_observations = 15
     warm_skill, warm_note_weight = 0.0, 5.0  # notes are one turn in twenty, and hard to learn
+    warm_token = rf" ?{NAME}"  # a name is copied as a whole: of two tokens the numbers get mixed up
     action_format = "exactly one of the listed actions inside <action> </action>"
 
     def __init__(
@@ -1089,7 +1090,7 @@ class AlfWorld(Env):
             names = self.state.game.names
             seen = [f"{names[thing]} in {names[place]}" for thing, place in self.seen.items()]
             turns.append("seen " + ", ".join(seen))
-        return "\n".join([glimpse(initial), initial.rpartition("\n")[2], *turns])
+        return "\n".join(["places " + glimpse(initial), initial.rpartition("\n")[2], *turns])
 
     def anchor(self) -> str:
         """What differs from the start: equal in equal states of the same game."""

@@ -284,7 +284,7 @@ def test_texts():
         "a cabinet 2, a cabinet 1, a desk 1, a fridge 1, a microwave 1, and a sinkbasin 1.\n\n"
         "Your task is to: do it."
     )
-    places = "cabinet 2, cabinet 1, desk 1, fridge 1, microwave 1, sinkbasin 1"
+    places = "places cabinet 2, cabinet 1, desk 1, fridge 1, microwave 1, sinkbasin 1"
     assert env.brief(env.observation, [], "choices") == f"{places}\nYour task is to: do it."
     nothing, opened = "Nothing happens.", "The fridge 1 is open. In it, you see a apple 1."
     middle = "You are in the middle of a room. Looking quickly around you, you see nothing."
