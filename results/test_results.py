@@ -107,6 +107,14 @@ def test_first_episodes():
     assert table.success(found["itself"]) == cells_of("the trained policy itself")[0]
 
 
+def test_further_than_trained():
+    text = " ".join(README.split())
+    for what, ends in (("eight", (0, 1, 2, 7)), ("mines", (0, 1, 2))):
+        for method in ("meta", "swapped", "rl"):
+            row = json.loads((HERE / f"further-{what}-{method}-s2.json").read_text())
+            assert " / ".join(f"{100 * row['success'][k]:.0f}" for k in ends) in text
+
+
 def test_differences_by_hand():
     """Ten tasks: ours wins all, the other none, then half; draws keep to their seed."""
     wins, none, half = np.ones((10, 2)), np.zeros((10, 2)), np.array([[0, 1], [0, 0]] * 5)
