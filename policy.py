@@ -15,10 +15,9 @@ import re
 import shutil
 import sys
 from collections import defaultdict
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,6 @@ from transformers import (
 from envs import Env, derive_seed, make_env, reason
 from lamer import (
     Policy,
-    Prompt,
     Reply,
     Trial,
     Turn,
@@ -45,7 +43,7 @@ from lamer import (
     parse_reflection,
     run_trial,
 )
-from sampler import Chat, Sampling, make_sampler
+from sampler import Chat
 
 # ------------------------------------------------------------------- folders with a policy
 
@@ -231,7 +229,7 @@ class Recorder:
     encode_plain = encode
 
 
-def tutored_trial(
+def scripted_trial(
     env: Env,
     seed: int,
     episodes: int,
@@ -239,16 +237,10 @@ def tutored_trial(
     skill: float,
     rng: random.Random,
     **options: Any,
-) -> Generator[Prompt, Reply | None, Trial]:
-    """A trial whose replies are in the end those of the environment's scripted player.
-
-    Yields prompts and receives replies, as lamer.run_trial, whose options it takes; None stands for
-    the player's own. Another's lead to where the player would not have come by itself, and the turn
-    tells what it would have replied there.
-    """
+) -> Trial:
+    """A trial played by the environment's scripted player; options as for lamer.run_trial."""
     trial = run_trial(env, seed, episodes, chat, **options)
     notes: list[str] = []
-    answers: list[Reply] = []
     try:
         prompt = next(trial)
         while True:
@@ -256,26 +248,9 @@ def tutored_trial(
                 text = env.scripted(skill, rng, notes)
             else:
                 text = env.scripted_reflection(rng)
+                notes.append(parse_reflection(text)[0])
             ids = chat.encode_plain(text) + [min(chat.stop_ids)]
-            answers.append(Reply(ids, [0.0] * len(ids), text))
-            reply = (yield prompt) or answers[-1]
-            if prompt.phase == "reflect":
-                notes.append(parse_reflection(reply.text)[0])
-            prompt = trial.send(reply)
-    except StopIteration as stop:
-        played: Trial = stop.value
-    for turn, answer in zip(played.turns, answers, strict=True):
-        turn.reply_ids, turn.logps, turn.reply = answer
-    return played
-
-
-def scripted_trial(*args: Any, **options: Any) -> Trial:
-    """A trial played by the environment's scripted player; arguments as for `tutored_trial`."""
-    trial = tutored_trial(*args, **options)
-    try:
-        next(trial)
-        while True:
-            trial.send(None)
+            prompt = trial.send(Reply(ids, [0.0] * len(ids), text))
     except StopIteration as stop:
         return stop.value
 
@@ -324,7 +299,7 @@ def warm_policy(config: Any) -> Path:
 
 def warm_folder(config: Any, env: Env, play: dict[str, Any], texts: Sequence[str]) -> Path:
     """Where a warm-started policy is kept: its name has a hash of all that makes it what it is."""
-    names = ["seed", "warm_steps", "warm_batch", "warm_lr", "warm_corrected", "model"]
+    names = ["seed", "warm_steps", "warm_batch", "warm_lr", "model"]
     names += ["tiny_hidden", "tiny_layers"] if config.model == "tiny" else ["dtype"]
     options = {name: getattr(config, name) for name in names}
     # The texts stand for the environment's rules, which a user may be editing; so may a model be.
@@ -358,10 +333,7 @@ def imitator(
     policy.check_trees(chat.encode(texts[0]))
     schedule = partial(warm_up_and_down, steps=config.warm_steps)
     schedulers = [torch.optim.lr_scheduler.LambdaLR(each, schedule) for each in optimizers]
-    sampler = None
-    if config.warm_corrected:
-        sampler = make_sampler(config, model, chat, config.slots or 2 * config.warm_batch)
-    batches = imitation_batches(env, chat, config, rng, play, sampler)
+    batches = scripted_batches(env, chat, config, rng, play)
     name = f"warm start on {env.name}"
     bar = tqdm(range(config.warm_steps), desc=name, mininterval=1, file=sys.stderr)
     for _ in bar:
@@ -428,53 +400,27 @@ def warm_up_and_down(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / min(50, 1 + steps // 10)) * max(0.02, 1 - step / steps)
 
 
-def imitation_batches(
-    env: Env, chat: Chat, config: Any, rng: random.Random, play: dict[str, Any], sampler: Any = None
+def scripted_batches(
+    env: Env, chat: Chat, config: Any, rng: random.Random, play: dict[str, Any]
 ) -> Iterator[list[Turn]]:
     """Endless batches of whole trials of the scripted player, of at least warm_batch turns.
 
-    After the share 1 - warm_corrected of the steps, two trials of three are played by the sampler's
-    model, and corrected. Of the turns after an episode's first, where memory matters less, the
-    environment's warm_share is kept. Turns of a trial have much in common, computed once.
+    Of the turns after an episode's first, where memory matters less, the environment's warm_share
+    is kept. Turns of a trial have much in common, which is computed once.
     """
-    num_trials, corrected = 0, []
-    for step in count():
+    num_trials = 0
+    while True:
         batch: list[Turn] = []
         while len(batch) < config.warm_batch:
             num_trials += 1
-            if step >= (1 - config.warm_corrected) * config.warm_steps and num_trials % 3:
-                corrected = corrected or corrected_trials(sampler, config, rng, play, step)
-                trial = corrected.pop()
-            else:
-                seed = derive_seed("warm", config.seed, num_trials) % 2**31
-                trial = scripted_trial(env, seed, chat=chat, skill=env.warm_skill, rng=rng, **play)
+            seed = derive_seed("warm", config.seed, num_trials) % 2**31
+            trial = scripted_trial(env, seed, chat=chat, skill=env.warm_skill, rng=rng, **play)
             for before, turn in zip([None, *trial.turns], trial.turns, strict=False):
                 is_first = before is None or before.episode != turn.episode
                 is_kept = is_first or turn.phase == "reflect" or env.warm_share == 1
                 if is_kept or rng.random() < env.warm_share:
                     batch.append(turn)
         yield batch
-
-
-def corrected_trials(
-    sampler: Any, config: Any, rng: random.Random, play: dict[str, Any], step: int
-) -> list[Trial]:
-    """Trials the sampler's model plays, with what the scripted player would have replied (DAgger).
-
-    Who only sees the player at work does not learn what to do after mistakes of its own, which
-    lead to where the player never is (Ross, Gordon and Bagnell 2011).
-    """
-    trials, model = [], sampler.model
-    for i in range(2 * config.warm_batch):
-        env = make_env(config.env, **config.env_options)
-        seed = derive_seed("corrected", config.seed, step, i) % 2**31
-        how = dict(chat=sampler.chat, skill=env.warm_skill, rng=rng)
-        trials.append(tutored_trial(env, seed, **how, **play))
-    was_training = model.training
-    model.eval()
-    played = sampler.run(trials, range(len(trials)), Sampling(config.seed, step))
-    model.train(was_training)
-    return played
 
 
 def imitate(

@@ -70,14 +70,13 @@ from policy import (
     Recorder,
     checkpoints,
     imitate,
-    imitation_batches,
     load_policy,
     make_tokenizer,
     newest_checkpoint,
     orthogonal,
     save_policy,
+    scripted_batches,
     scripted_trial,
-    tutored_trial,
     warm_folder,
     warm_policy,
 )
@@ -1674,7 +1673,7 @@ def test_any_model_can_be_warm_started(dtype, tmp_path):
     for name in (folder, str(start)):
         model, chat = load_policy(name, torch.float32, "cpu")
         play = dict(episodes=2, style="direct", max_prompt=900)
-        batches = imitation_batches(make_env("lockbox"), chat, config, random.Random(1), play)
+        batches = scripted_batches(make_env("lockbox"), chat, config, random.Random(1), play)
         losses.append(imitate(Policy(model, chat.vocab_size), next(batches), 2048, False))
     assert losses[1] < losses[0] / 4, "of replies it had not seen"
 
@@ -2928,69 +2927,6 @@ def test_the_warm_start_is_as_its_options_say(tmp_path, monkeypatch):
     assert {turn.episode for batch in batches for turn in batch} == {0, 1}
 
 
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("lockbox", {}),
-        ("minesweeper", dict(size=4, mines=2)),
-        ("sokoban", dict(boxes=1)),
-        ("webshop", {}),
-        ("alfworld", dict(receptacles=8)),
-    ],
-)
-def test_the_scripted_player_answers_wherever_another_went(name, options):
-    rng, others = random.Random(3), 0
-    for seed in range(12):
-        env = make_env(name, **options)
-        recorder = Recorder()
-        trial = tutored_trial(env, seed, 3, recorder, env.warm_skill, rng, style="compact")
-        replies = []
-        try:
-            prompt = next(trial)
-            while True:
-                action = rng.choice(env.actions() or ["(1, 1)", "peek", "up", "open 3"])
-                text = f"<action>{action}</action>" if rng.random() < 0.9 else "what?"
-                if prompt.phase == "reflect":
-                    text = "<remark>no mug in desk 1, try [b] with [c]</remark>"
-                replies.append(text)
-                prompt = trial.send(Reply([5, 6], [-1.0, -2.0], text))
-        except StopIteration as stop:
-            played = stop.value
-        assert len(played.turns) == len(replies) > 0
-        for turn, text in zip(played.turns, replies, strict=True):
-            assert turn.reply.startswith("<action>" if turn.phase == "play" else "<remark>")
-            assert turn.reply_ids == [0, 0] and turn.logps == [0.0, 0.0], "as of the player"
-            others += turn.reply != text
-            if turn.phase == "play":
-                assert turn.action == str(env.parse(text)[0]), (
-                    "but played is what the other replied"
-                )
-        notes = [past.reflection for past in played.past]
-        assert {*notes} <= {"no mug in desk 1, try [b] with [c]"}
-    assert others > 12
-
-
-def test_late_in_imitation_the_policy_plays_and_is_corrected(exact):
-    config, model, chat = exact
-    config = replace(config, warm_corrected=0.5, warm_steps=4, warm_batch=8)
-    play = dict(episodes=2, style="compact", max_prompt=192)
-    env, first = make_env("minesweeper", **config.env_options), []
-    for player in (None, make_player(exact)):
-        batches = imitation_batches(env, chat, config, random.Random(1), play, player)
-        first.append([next(batches), next(batches)])
-    assert first[0] == first[1], "at first the scripted player's"
-    model.train()
-    later = [turn for _ in range(6) for turn in next(batches)]
-    assert model.training, "as it was"
-    model.eval()
-    moves = [turn for turn in later if turn.phase == "play"]
-    astray = [turn for turn in moves if str(env.parse(turn.reply)[0]) != turn.action]
-    assert 0.3 < len(astray) / len(moves) < 0.95, "the policy, which is bad, played elsewhere"
-    assert all(turn.reply.startswith(("<action>", "<remark>")) for turn in later)
-    ids = [chat.encode_plain(turn.reply) + [min(chat.stop_ids)] for turn in later]
-    assert ids == [turn.reply_ids for turn in later]
-
-
 def test_notes_weigh_in_imitation_what_they_are_told_to(tiny, played):
     policy, turns = Policy(copy.deepcopy(tiny[1]), tiny[2].vocab_size), turns_of(played[:4])
     notes = [turn for turn in turns if turn.phase == "reflect"]
@@ -3013,9 +2949,7 @@ def test_another_imitation_has_another_folder(tiny, monkeypatch):
     for name, value in (("warm_share", 0.3), ("warm_note_weight", 0.3), ("warm_token", "a b")):
         monkeypatch.setattr(MineSweeper, name, value)
         folders.append(folder())
-    tiny = replace(tiny[0], warm_corrected=0.5), *tiny[1:]
-    folders.append(folder())
-    assert folders[0] == folders[1] and len({*folders}) == 6
+    assert folders[0] == folders[1] and len({*folders}) == 5
 
 
 def help_of(main, *flags, capsys):

@@ -169,9 +169,6 @@ class Config:
     warm_steps: int = option(0, "steps of imitating a scripted player, before RL", least=0)
     warm_batch: int = option(32, "turns per step of imitation, of whole trials", least=1)
     warm_lr: float = option(1e-4, "peak learning rate of imitation", above=0, most=1)
-    warm_corrected: float = option(
-        0.0, "last share of its steps in which the policy plays and is corrected", least=0, most=1
-    )
     warm_episodes: int = option(3, "episodes per imitated trial, if --episodes is less", least=1)
     tiny_hidden: int = option(128, "width", least=8)
     tiny_layers: int = option(4, "depth", least=1)
