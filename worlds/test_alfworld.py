@@ -800,7 +800,7 @@ def test_a_compact_prompt_names_all_that_actions_are_about():
 
 
 def test_the_tiny_policy_knows_all_names():
-    """Sample trials do not show all: tennis rackets, of which there are few, were spelt in bytes."""
+    """Sample trials do not show all: tennis rackets, a rare thing, were spelt in bytes."""
     env = make_env("alfworld", receptacles=8, objects=8)
     chat = Chat(make_tokenizer(env.rare_texts(), env.warm_token))
     for seed in range(400):
