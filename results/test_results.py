@@ -107,6 +107,18 @@ def test_first_episodes():
     assert table.success(found["itself"]) == cells_of("the trained policy itself")[0]
 
 
+def test_gamma_traj_on_minesweeper():
+    passed = json.loads((HERE / "passed-s0.json").read_text())["policies"]
+    keys = [f"env-g{gamma}" for gamma in ("0", ".3", ".6", ".9", "1")]
+    success, mines = [], []
+    for key in (*keys, "success-g.9", "success-g1"):
+        row = json.loads((HERE / f"sweep-{key}-s0.json").read_text())
+        success.append(" / ".join(f"{100 * share:.0f}" for share in row["success"]))
+        mines.append(f"{100 * passed[f'runs/sweep/sweep-{key}-s0']['opened_mine']:.0f}%")
+    assert cells_of("success |") == success
+    assert cells_of("opened a sure mine") == mines
+
+
 def test_further_than_trained():
     text = " ".join(README.split())
     for what, ends in (("eight", (0, 1, 2, 7)), ("mines", (0, 1, 2))):
