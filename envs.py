@@ -138,10 +138,6 @@ class Env:
         """The scripted player's reflection on the episode just ended."""
         return "<remark></remark>"
 
-    def rare_texts(self) -> list[str]:
-        """Texts the tiny policy must be able to read that some hundred trials may not show."""
-        return []
-
     def has_scripted_player(self) -> bool:
         """Whether the class defines `scripted`, which the tiny policy's warm start needs."""
         return type(self).scripted is not Env.scripted

@@ -279,7 +279,6 @@ def warm_policy(config: Any) -> Path:
     recorder, rng = Recorder(), random.Random(config.seed)
     for seed in range(VOCABULARY_TRIALS):
         scripted_trial(env, seed, chat=recorder, skill=env.warm_skill, rng=rng, **play)
-    recorder.texts += env.rare_texts()
     folder = warm_folder(config, env, play, recorder.texts)
     if folder.is_dir():
         return folder

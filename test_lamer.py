@@ -2916,11 +2916,11 @@ def test_the_warm_start_is_as_its_options_say(tmp_path, monkeypatch):
     flags = "--env minesweeper --model tiny --device cpu --tiny_hidden 16 --tiny_layers 1"
     flags += " --episodes 1 --warm_steps 2 --warm_batch 30 --warm_lr 0.1 --warm_episodes 2"
     config = train.prepare(flags.split())[0]
-    monkeypatch.setattr(MineSweeper, "warm_token", r" zebra \d")
-    monkeypatch.setattr(MineSweeper, "rare_texts", lambda self: [" okapi", " zebra 1"])
+    monkeypatch.setattr(MineSweeper, "warm_token", r"rules? \d")
+    monkeypatch.setattr(MineSweeper, "rules", lambda self, style: "rule 7")
     model, chat = load_policy(str(warm_policy(config)), torch.float32, "cpu")
     assert (model.config.hidden_size, model.config.num_hidden_layers) == (16, 1)
-    assert [len(chat.encode_plain(text)) for text in (" zebra 1", " okapi")] == [1, 1]
+    assert len(chat.encode_plain("rule 7")) == 1
     assert len(batches) == 2 and rates == [0.1]
     for batch in batches:  # whole trials, as many as it takes
         taken = []

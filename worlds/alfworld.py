@@ -1092,13 +1092,6 @@ class AlfWorld(Env):
             turns.append("seen " + ", ".join(seen))
         return "\n".join(["places " + glimpse(initial), initial.rpartition("\n")[2], *turns])
 
-    def rare_texts(self) -> list[str]:
-        things = {word.rstrip("?") for row in OBJECTS.values() for word in row} | {"desklamp"}
-        places = {word for row in FURNITURE.values() for word in row[::2]}
-        counted = [(thing, 3) for thing in things] + [(place, 9) for place in places]
-        names = [f" {kind} {n}" for kind, most in sorted(counted) for n in range(1, most + 1)]
-        return names + [f" {kind}" for kind, _ in sorted(counted)]
-
     def anchor(self) -> str:
         """What differs from the start: equal in equal states of the same game."""
         return " ".join(" ".join(fact) for fact in sorted(self.state.facts ^ self.state.game.start))
