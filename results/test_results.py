@@ -73,7 +73,7 @@ def test_minesweeper(name, way):
     ("name", "results", "method"),
     [
         ("the player that is imitated", "alfworld-tiny", "novice"),
-        ("imitation, before RL | 31", "alfworld-tiny", "warm"),
+        ("imitation, before RL | 24", "alfworld-tiny", "warm"),
         ("imitation, then meta-RL", "alfworld-tiny", "meta"),
         ("imitation, then RL of", "alfworld-tiny", "rl"),
         ("the imitated player", "webshop-tiny", "novice"),
