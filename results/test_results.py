@@ -119,12 +119,34 @@ def test_gamma_traj_on_minesweeper():
     assert cells_of("opened a sure mine") == mines
 
 
+def test_gamma_traj_differences():
+    """First episodes of 1 against 0, and of only wins against all that is earned; third ones."""
+
+    def wins(key, episode):
+        row = json.loads((HERE / f"sweep-{key}-s0.json").read_text())
+        return table.wins_so_far([task["won_in"] for task in row["tasks"]], episode)
+
+    text = " ".join(README.split())
+    for words, ours, other, episode in (
+        ("to 35 at 1 ({} against 0)", "env-g1", "env-g0", 1),
+        ("are gone (at 1, {})", "success-g1", "env-g1", 1),
+        ("as often as with 0.6 ({} for 0)", "env-g0", "env-g.6", 3),
+    ):
+        found = table.compare({"0": wins(ours, episode)}, {"0": wins(other, episode)})
+        assert words.format(found.partition(" (")[0]) in text, found
+
+
 def test_further_than_trained():
     text = " ".join(README.split())
-    for what, ends in (("eight", (0, 1, 2, 7)), ("mines", (0, 1, 2))):
+    for what, ends, words in (
+        ("eight", (0, 1, 2, 7), "meta-RL comes to {}, with another task's notes to {}, RL to {},"),
+        ("mines", (0, 1, 2), "meta-RL wins {}, with another's notes {}, RL {}."),
+    ):
+        found = []
         for method in ("meta", "swapped", "rl"):
             row = json.loads((HERE / f"further-{what}-{method}-s2.json").read_text())
-            assert " / ".join(f"{100 * row['success'][k]:.0f}" for k in ends) in text
+            found.append(" / ".join(f"{100 * row['success'][k]:.0f}" for k in ends))
+        assert words.format(*found) in text
 
 
 def test_differences_by_hand():
