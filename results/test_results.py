@@ -149,6 +149,27 @@ def test_further_than_trained():
         assert words.format(*found) in text
 
 
+def test_the_figure_shows_means_and_intervals(tmp_path, monkeypatch):
+    axes = pytest.importorskip("matplotlib.axes").Axes
+    import figure
+
+    drawn, errorbar = {}, axes.errorbar
+
+    def record(self, x, mean, bars, **style):
+        drawn[style["label"]] = mean, bars
+        return errorbar(self, x, mean, bars, **style)
+
+    monkeypatch.setattr(axes, "errorbar", record)
+    figure.main([str(tmp_path / "figure.svg"), "MineSweeper", "minesweeper-tiny"])
+    assert "MineSweeper" in (tmp_path / "figure.svg").read_text()
+    mean, bars = drawn["RL, three attempts"]
+    assert " / ".join(f"{share:.0f}" for share in mean) == cells_of("RL: single")[0].split(" (")[0]
+    wins = [each[:, -1] for each in table.read("minesweeper-tiny")["rl-none"].values()]
+    low, high = 100 * table.interval(wins)
+    assert low < mean[-1] < high
+    assert bars[:, -1] == pytest.approx([mean[-1] - low, high - mean[-1]])
+
+
 def test_differences_by_hand():
     """Ten tasks: ours wins all, the other none, then half; draws keep to their seed."""
     wins, none, half = np.ones((10, 2)), np.zeros((10, 2)), np.array([[0, 1], [0, 0]] * 5)
