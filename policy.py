@@ -256,7 +256,7 @@ def scripted_trial(
 
 
 VOCABULARY_TRIALS = 256  # of 64, one in 50 pieces of a web shop's pages was still unknown
-WARM_VERSION = 4  # raise it when the same options would make another policy
+WARM_VERSION = 5  # raise it when the same options would make another policy
 
 
 def warm_policy(config: Any) -> Path:
@@ -304,7 +304,7 @@ def warm_folder(config: Any, env: Env, play: dict[str, Any], texts: Sequence[str
     options = {name: getattr(config, name) for name in names}
     # The texts stand for the environment's rules, which a user may be editing; so may a model be.
     files = [(str(p), p.stat().st_mtime) for p in sorted(Path(config.model).glob("*.safetensors"))]
-    how = [PIECES.pattern, env.warm_token, env.warm_share, env.warm_note_weight]
+    how = [PIECES.pattern, env.warm_token, env.warm_share, env.warm_note_weight, env.warm_copies]
     key = json.dumps([WARM_VERSION, options, play, config.env_options, how, texts, files])
     key = hashlib.sha256(key.encode()).hexdigest()[:12]
     cache = Path(os.environ.get("LAMER_CACHE", "~/.cache/lamer")).expanduser()
@@ -322,6 +322,8 @@ def imitator(
         chat = Chat(tokenizer)
         shape = tiny_shape(config, len(tokenizer), tokenizer.eos_token_id)
         model = AutoModelForCausalLM.from_config(shape)
+        if env.warm_copies and config.tiny_layers > 1:
+            begin_to_copy(model)
         optimizers = make_optimizers(model, config.warm_lr)
     else:
         model, chat = load_policy(config.model, torch.float32, config.device)
@@ -336,9 +338,11 @@ def imitator(
     batches = scripted_batches(env, chat, config, rng, play)
     name = f"warm start on {env.name}"
     bar = tqdm(range(config.warm_steps), desc=name, mininterval=1, file=sys.stderr)
-    for _ in bar:
+    for step in bar:
         turns = next(batches)
         loss = imitate(policy, turns, config.microbatch_tokens, is_new, env.warm_note_weight)
+        if is_new and step < env.warm_copies:
+            imitate(policy, copying(len(tokenizer), rng), config.microbatch_tokens, False)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
             optimizer.step()
@@ -346,6 +350,43 @@ def imitator(
         model.zero_grad()
         bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
     return model, tokenizer
+
+
+@torch.no_grad()
+def begin_to_copy(model: Any) -> None:
+    """Give a new model the two heads in a row that go on as a text went on before.
+
+    These "induction heads" (Olsson et al. 2022) are what copies notes; left to chance, 3,600 steps
+    of imitation did not find them. In the first layer one head looks at the token before and
+    writes a quarter of it to the last quarter of a state. In the second, heads look for the place
+    where that quarter says what the present token is, and pass on what stands there. From there
+    on it is learned like all else.
+    """
+    config = model.config
+    first, second = (layer.self_attn for layer in model.model.layers[:2])
+    width, dim = config.hidden_size, config.head_dim
+    half, identity = dim // 2, torch.eye(width)
+    for layer in model.model.layers:  # what is embedded stays readable
+        layer.mlp.down_proj.weight.zero_()
+        layer.self_attn.v_proj.weight.copy_(identity)
+    for norm in (first.q_norm, first.k_norm, second.q_norm, second.k_norm):
+        norm.weight.fill_(2.0)  # attention is sharp
+    turn = model.model.rotary_emb.inv_freq  # a position's angles to the next
+    size = 0.7 ** (torch.arange(half) / 2)
+    first.q_proj.weight[:dim], first.k_proj.weight[:dim] = 0.0, 0.0
+    first.q_proj.bias[:dim] = torch.cat([size, 0 * size])
+    first.k_proj.bias[:dim] = torch.cat([size * turn.cos(), size * turn.sin()])
+    first.o_proj.weight.zero_()
+    first.o_proj.weight[-dim:, :dim] = 0.3 * torch.eye(dim)
+    slow = torch.arange(half // 2, half)
+    slow = torch.cat([slow, slow + half])  # what hardly turns with the position
+    for head in range(3):
+        start = half * (head % 2)
+        second.q_proj.weight[head * dim : head * dim + dim] = 0.0
+        second.k_proj.weight[head * dim : head * dim + dim] = 0.0
+        second.q_proj.weight[head * dim + slow] = identity[start : start + half]
+        second.k_proj.weight[head * dim + slow] = identity[width - dim + start :][:half]
+    second.o_proj.weight.copy_(identity)
 
 
 class Muon(torch.optim.Optimizer):
@@ -421,6 +462,20 @@ def scripted_batches(
                 if is_kept or rng.random() < env.warm_share:
                     batch.append(turn)
         yield batch
+
+
+def copying(vocab_size: int, rng: random.Random) -> list[Turn]:
+    """Turns that repeat a stretch of their prompt, all of random pieces: it must be copied.
+
+    Of that a game's own text teaches little, as most of it can be guessed.
+    """
+    turns = []
+    for _ in range(32):
+        lead, text, gap = (
+            rng.choices(range(256, vocab_size), k=rng.randint(least, 24)) for least in (1, 4, 0)
+        )
+        turns.append(make_turn(lead + text + gap, text))
+    return turns
 
 
 def imitate(

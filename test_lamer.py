@@ -68,7 +68,9 @@ from lamer import PastEpisode, Policy, Reply, Trial, Turn, run_trial
 from policy import (
     Muon,
     Recorder,
+    begin_to_copy,
     checkpoints,
+    copying,
     imitate,
     load_policy,
     make_tokenizer,
@@ -77,6 +79,7 @@ from policy import (
     save_policy,
     scripted_batches,
     scripted_trial,
+    tiny_shape,
     warm_folder,
     warm_policy,
 )
@@ -2949,10 +2952,44 @@ def test_another_imitation_has_another_folder(tiny, monkeypatch):
     folders = [folder(), folder()]
     monkeypatch.setattr("policy.PIECES", re.compile("."))
     folders.append(folder())
-    for name, value in (("warm_share", 0.3), ("warm_note_weight", 0.3), ("warm_token", "a b")):
+    changes = [("warm_share", 0.3), ("warm_note_weight", 0.3), ("warm_token", "a b")]
+    for name, value in (*changes, ("warm_copies", 3)):
         monkeypatch.setattr(MineSweeper, name, value)
         folders.append(folder())
-    assert folders[0] == folders[1] and len({*folders}) == 5
+    assert folders[0] == folders[1] and len({*folders}) == 6
+
+
+def test_a_policy_that_begins_to_copy_goes_on_as_the_text_did():
+    config = train.make_config(env="alfworld", model="tiny", device="cpu")
+    shares = []
+    for prepare in (begin_to_copy, lambda model: None):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(tiny_shape(config, 500, 0))
+        prepare(model)
+        turns = copying(500, random.Random(0))
+        found = []
+        for turn in turns:
+            row, reply = turn.token_ids(), turn.reply_ids
+            assert min(row) >= 256 and max(row) < 500 and len(reply) >= 4
+            start = next(i for i in range(len(row)) if row[i : i + len(reply)] == reply)
+            assert start + len(reply) <= len(turn.prompt_ids) and start > 0, "shown before"
+            logits = model(torch.tensor([row])).logits[0, -len(reply) : -1]  # after its first piece
+            found += (logits.argmax(-1) == torch.tensor(reply[1:])).tolist()
+        shares.append(np.mean(found))
+    assert shares[0] > 0.1 and shares[1] < 0.02, shares
+
+
+def test_copying_is_taught_where_an_environment_asks_for_it(monkeypatch, tmp_path):
+    monkeypatch.setenv("LAMER_CACHE", str(tmp_path))
+    asked, begun = [], []
+    monkeypatch.setattr("policy.copying", lambda *args: asked.append(args) or copying(*args))
+    monkeypatch.setattr("policy.begin_to_copy", lambda model: begun.append(begin_to_copy(model)))
+    given = dict(env="minesweeper", model="tiny", device="cpu", warm_steps=3, warm_batch=8)
+    warm_policy(train.make_config(**given))
+    assert not asked and not begun
+    monkeypatch.setattr(MineSweeper, "warm_copies", 2)
+    warm_policy(train.make_config(**given))
+    assert len(asked) == 2 and len(begun) == 1
 
 
 def help_of(main, *flags, capsys):

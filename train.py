@@ -225,6 +225,7 @@ TINY_ENV_RECIPES = {
         steps=60,
         minibatch=128,
         max_prompt=256,
+        max_reply=80,
         warm_steps=3600,
         warm_lr=3e-3,
         env_options=dict(receptacles=8, objects=8),

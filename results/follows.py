@@ -8,6 +8,7 @@ On ALFWorld it counts the episodes after notes of where things are, right ones a
 many go there first, and how many of these and of the others are won.
 """
 
+import itertools
 import json
 import re
 import sys
@@ -37,30 +38,45 @@ def codes(trials: list[Trial]) -> dict[str, float]:
     return counts | {"followed": round(share, 3)}
 
 
-def places(trials: list[Trial], env: Env) -> dict[str, Any]:
-    """ALFWorld: episodes that begin with a note like "mug 1 in drawer 2" in memory.
+def pairs(note: str, places: set[str]) -> list[tuple[str, str]]:
+    """What a note says lies where: "desk 1 mug 2" -> ("mug 2", "desk 1")."""
+    found, place = [], ""
+    for name in re.findall(r"\w+ \d+", note):
+        if name in places:
+            place = name
+        else:
+            found.append((name, place))
+    return found
 
-    A note is right if it says of a thing that the task needs where it lies at the start.
+
+def places(trials: list[Trial], env: Env) -> dict[str, Any]:
+    """ALFWorld: episodes that begin with a note like "drawer 2 mug 1" about a needed thing.
+
+    Such a note is right if the thing lies there at the start. Beside them the share of all that
+    notes say, needed or not, that is so.
     """
     kinds = ("episodes", "went there", "and won", "and won, having gone elsewhere")
-    counts = {name: dict.fromkeys(kinds, 0) for name in ("right", "wrong")}
+    counts: dict[str, Any] = {name: dict.fromkeys(kinds, 0) for name in ("right", "wrong")}
+    said = []
     for trial in trials:
         env.reset(trial.seed)
         game = env.state.game
         needed = {game.names[thing] for thing in env.wanted(game.goal)}
         lies = [fact[1:] for fact in game.start if fact[0] == "inreceptacle"]
         truth = {(game.names[thing], game.names[place]) for thing, place in lies}
+        rooms = {game.names[place] for place in game.receptacles}
+        notes = [pairs(past.reflection, rooms) for past in trial.past]
+        said += [pair in truth for pair in itertools.chain(*notes)]
         for episode, turns in enumerate(trial.episodes_played()):
-            notes = " ".join(past.reflection for past in trial.past[:episode])
-            named = re.findall(r"(\w+ \d+) in (\w+ \d+)", notes)
-            right = [pair for pair in named if pair in truth and pair[0] in needed]
+            named = [pair for pair in itertools.chain(*notes[:episode]) if pair[0] in needed]
+            right = [pair for pair in named if pair in truth]
             if named:
                 row = counts["right" if right else "wrong"]
                 went = turns[0].action in [f"go to {place}" for _, place in right or named]
                 row["episodes"] += 1
                 row["went there"] += went
                 row["and won" if went else kinds[-1]] += trial.won_in == episode
-    return counts
+    return counts | {"said": len(said), "of which true": sum(said)}
 
 
 def main(argv: list[str]) -> None:

@@ -956,7 +956,7 @@ class AlfWorld(Env):
 
     name = "alfworld"
     history_length = history_observations = 15
-    warm_skill, warm_note_weight = 0.0, 5.0  # notes are one turn in twenty, and hard to learn
+    warm_skill, warm_copies = 0.0, 400
     warm_token = rf" ?{NAME}"  # a name is copied as a whole: of two tokens the numbers get mixed up
     action_format = "exactly one of the listed actions inside <action> </action>"
 
@@ -1027,7 +1027,7 @@ class AlfWorld(Env):
         self.observation = self.state.intro()
         self.plan: list[Atom] = []  # the expert's, as long as it is followed
         self.seen: dict[str, str] = {}  # object -> the receptacle it was first seen in
-        self.looked: set[str] = set()  # receptacles looked into
+        self.looked: dict[str, None] = {}  # receptacles looked into, in order
 
     def info(self) -> dict[str, Any]:
         return {"won": self.state.won, "task_type": self.state.game.task_type}
@@ -1044,7 +1044,7 @@ class AlfWorld(Env):
             self.options = self.state.commands()
             for r in meant[1:]:
                 if r in self.state.contents and self.state.is_accessible(r):
-                    self.looked.add(r)
+                    self.looked[r] = None
                     self.seen = dict.fromkeys(self.state.contents[r], r) | self.seen
         info = self.info()
         won = info["won"]
@@ -1077,8 +1077,8 @@ class AlfWorld(Env):
         """The places, the task, and a line a turn, "go to desk 1: pen 1, mug 2".
 
         Of the choices, most of a prompt, only what is in reach and not named yet is kept: two
-        places can be one. Where there are none, before a reflection, comes what was seen, as a note
-        says it, "seen mug 2 in desk 1, pen 1 in desk 1". Prompts of an episode begin alike, so an
+        places can be one. Where there are none, before a reflection, comes what was found, as a
+        note says it. Prompts of an episode begin alike, so an
         update computes little more than a line a turn.
         """
         turns = [f"{action}: {glimpse(observation)}" for action, observation, _ in records]
@@ -1086,10 +1086,8 @@ class AlfWorld(Env):
             near = [command for command in self.actions() if not command.startswith("go to ")]
             new = set(re.findall(NAME, " ".join(near))) - set(re.findall(NAME, " ".join(turns)))
             turns += ["here: " + ", ".join(sorted(new))] if new else []
-        elif self.seen:
-            names = self.state.game.names
-            seen = [f"{names[thing]} in {names[place]}" for thing, place in self.seen.items()]
-            turns.append("seen " + ", ".join(seen))
+        elif self.looked:
+            turns.append(self.found())
         return "\n".join(["places " + glimpse(initial), initial.rpartition("\n")[2], *turns])
 
     def anchor(self) -> str:
@@ -1133,19 +1131,18 @@ class AlfWorld(Env):
             if best_plan:
                 return best_plan[0]
 
-        # Something must be found first: look where the notes say, "mug 1 in drawer 2", mostly ...
+        # Something must be found first: look where the notes name it, mostly ...
         unlooked = [r for r in game.receptacles if r not in self.looked]
         wanted = {game.names[o] for o in self.wanted(game.goal) if o not in self.seen}
-        notes = re.findall(r"(\w+ \d+) in (\w+ \d+)", " ".join(memory))
-        places = {place for o, place in notes if o in wanted}
-        told = [r for r in unlooked if game.names[r] in places]
+        places, place = {game.names[r] for r in game.receptacles}, ""
+        noted: dict[str, set[str]] = {}  # a place, and what was written after it
+        for name in re.findall(NAME, " ".join(memory)):
+            place = name if name in places else place
+            noted.setdefault(place, set()).add(name)
+        told = [r for r in unlooked if wanted & noted.get(game.names[r], set())]
         if not told or rng.random() < 0.2:
-            # ... else anywhere but where they say that there is none, "no mug in drawer 1".
-            empty = set()
-            for note in memory:
-                if note.startswith("no "):
-                    empty.update(re.findall(r"\w+ \d+", note))
-            told = [r for r in unlooked if game.names[r] not in empty] or unlooked
+            # ... else where they were not.
+            told = [r for r in unlooked if game.names[r] not in noted] or unlooked
         here = [r for r in told if r in state.here]
         if here:
             return ("examine" if state.is_accessible(here[0]) else "open", here[0])
@@ -1157,13 +1154,16 @@ class AlfWorld(Env):
         return sorted(names & self.state.game.fits.keys())
 
     def scripted_reflection(self, rng: random.Random) -> str:
-        """Where wanted objects were seen, or where none is."""
-        names, wanted = self.state.game.names, self.wanted(self.state.game.goal)
-        found = [f"{names[o]} in {names[r]}" for o, r in self.seen.items() if o in wanted]
-        if found:
-            return f"<remark>seen {', '.join(found)}</remark>"
-        if not wanted or not self.looked:
-            return "<remark></remark>"
-        kind = self.state.game.kind[wanted[0]]
-        places = ", ".join(names[r] for r in sorted(self.looked))
-        return f"<remark>no {kind} in {places}</remark>"
+        return f"<remark>{self.found() if self.looked else ''}</remark>"
+
+    def found(self) -> str:
+        """Each place looked into, then what was first seen there: "seen desk 1 mug 2 pen 1".
+
+        Nothing stands between the names: what copies a text goes by the piece before, and that
+        tells nothing where it is always "in" or a comma.
+        """
+        names, text = self.state.game.names, "seen"
+        for place in self.looked:
+            things = [thing for thing, where in self.seen.items() if where == place]
+            text += "".join(f" {names[name]}" for name in (place, *things))
+        return text
