@@ -81,7 +81,6 @@ class Env:
     warm_share = 1.0  # share of the turns after an episode's first that it is warm-started on
     warm_token = ""  # pattern of what the tiny policy reads as one token, beside words and numbers
     warm_copies = 0  # steps of the tiny policy's warm start that also teach copying as such
-    warm_note_weight = 1.0  # weight of reflections in the loss of the warm start
 
     def reset(self, seed: int) -> tuple[str, dict[str, Any]]:
         """Start the task that belongs to `seed` and return (observation, info)."""

@@ -256,7 +256,7 @@ def scripted_trial(
 
 
 VOCABULARY_TRIALS = 256  # of 64, one in 50 pieces of a web shop's pages was still unknown
-WARM_VERSION = 5  # raise it when the same options would make another policy
+WARM_VERSION = 4  # raise it when the same options would make another policy
 
 
 def warm_policy(config: Any) -> Path:
@@ -304,7 +304,7 @@ def warm_folder(config: Any, env: Env, play: dict[str, Any], texts: Sequence[str
     options = {name: getattr(config, name) for name in names}
     # The texts stand for the environment's rules, which a user may be editing; so may a model be.
     files = [(str(p), p.stat().st_mtime) for p in sorted(Path(config.model).glob("*.safetensors"))]
-    how = [PIECES.pattern, env.warm_token, env.warm_share, env.warm_note_weight, env.warm_copies]
+    how = [PIECES.pattern, env.warm_token, env.warm_share, env.warm_copies]
     key = json.dumps([WARM_VERSION, options, play, config.env_options, how, texts, files])
     key = hashlib.sha256(key.encode()).hexdigest()[:12]
     cache = Path(os.environ.get("LAMER_CACHE", "~/.cache/lamer")).expanduser()
@@ -340,7 +340,7 @@ def imitator(
     bar = tqdm(range(config.warm_steps), desc=name, mininterval=1, file=sys.stderr)
     for step in bar:
         turns = next(batches)
-        loss = imitate(policy, turns, config.microbatch_tokens, is_new, env.warm_note_weight)
+        loss = imitate(policy, turns, config.microbatch_tokens, is_new)
         if is_new and step < env.warm_copies:
             imitate(policy, copying(len(tokenizer), rng), config.microbatch_tokens, False)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -380,10 +380,9 @@ def begin_to_copy(model: Any) -> None:
     first.o_proj.weight[-dim:, :dim] = 0.3 * torch.eye(dim)
     slow = torch.arange(half // 2, half)
     slow = torch.cat([slow, slow + half])  # what hardly turns with the position
-    for head in range(3):
-        start = half * (head % 2)
-        second.q_proj.weight[head * dim : head * dim + dim] = 0.0
-        second.k_proj.weight[head * dim : head * dim + dim] = 0.0
+    second.q_proj.weight[: 3 * dim], second.k_proj.weight[: 3 * dim] = 0.0, 0.0
+    for head in range(3):  # of four
+        start = half * (head % 2)  # each compares half of that quarter
         second.q_proj.weight[head * dim + slow] = identity[start : start + half]
         second.k_proj.weight[head * dim + slow] = identity[width - dim + start :][:half]
     second.o_proj.weight.copy_(identity)
@@ -483,9 +482,8 @@ def imitate(
     turns: Sequence[Turn],
     microbatch_tokens: int,
     with_prompts: bool,
-    note_weight: float = 1.0,
 ) -> float:
-    """Gradient of the mean loss over reply tokens, `note_weight` times in reflections; the loss.
+    """Gradient of the mean loss over reply tokens; returns the loss.
 
     `with_prompts` adds the mean over prompt tokens: predicting a board from its remembered picture
     is what teaches a small model to look back.
@@ -500,8 +498,7 @@ def imitate(
         for turn in batch:
             if with_prompts:
                 weights += [1 / num_prompts] * (len(turn.prompt_ids) - 1)
-            weight = note_weight if turn.phase == "reflect" else 1.0
-            weights += [weight / num_replies] * len(turn.reply_ids)
+            weights += [1 / num_replies] * len(turn.reply_ids)
         logps = policy(scored).logps  # (T,)
         loss = -(logps * torch.tensor(weights, device=logps.device)).sum()
         loss.backward()

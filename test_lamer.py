@@ -2933,18 +2933,6 @@ def test_the_warm_start_is_as_its_options_say(tmp_path, monkeypatch):
     assert {turn.episode for batch in batches for turn in batch} == {0, 1}
 
 
-def test_notes_weigh_in_imitation_what_they_are_told_to(tiny, played):
-    policy, turns = Policy(copy.deepcopy(tiny[1]), tiny[2].vocab_size), turns_of(played[:4])
-    notes = [turn for turn in turns if turn.phase == "reflect"]
-    share = sum(len(turn.reply_ids) for turn in notes) / sum(len(t.reply_ids) for t in turns)
-
-    def loss(turns, note_weight):
-        return imitate(policy, turns, 10**6, False, note_weight)
-
-    more = 2 * share * loss(notes, 1.0)
-    assert loss(turns, 3.0) - loss(turns, 1.0) == pytest.approx(more, rel=1e-3)
-
-
 def test_another_imitation_has_another_folder(tiny, monkeypatch):
     def folder():
         return warm_folder(tiny[0], make_env("minesweeper"), dict(episodes=3), ["a text"])
@@ -2952,11 +2940,10 @@ def test_another_imitation_has_another_folder(tiny, monkeypatch):
     folders = [folder(), folder()]
     monkeypatch.setattr("policy.PIECES", re.compile("."))
     folders.append(folder())
-    changes = [("warm_share", 0.3), ("warm_note_weight", 0.3), ("warm_token", "a b")]
-    for name, value in (*changes, ("warm_copies", 3)):
+    for name, value in (("warm_share", 0.3), ("warm_copies", 3), ("warm_token", "a b")):
         monkeypatch.setattr(MineSweeper, name, value)
         folders.append(folder())
-    assert folders[0] == folders[1] and len({*folders}) == 6
+    assert folders[0] == folders[1] and len({*folders}) == 5
 
 
 def test_a_policy_that_begins_to_copy_goes_on_as_the_text_did():
@@ -2990,6 +2977,8 @@ def test_copying_is_taught_where_an_environment_asks_for_it(monkeypatch, tmp_pat
     monkeypatch.setattr(MineSweeper, "warm_copies", 2)
     warm_policy(train.make_config(**given))
     assert len(asked) == 2 and len(begun) == 1
+    warm_policy(train.make_config(**given, tiny_layers=1))
+    assert len(asked) == 4 and len(begun) == 1, "it takes two layers"
 
 
 def help_of(main, *flags, capsys):

@@ -253,7 +253,7 @@ HUB_ON_CPU_ENVS = {
         steps=12, num_tasks=4, max_reply=80, env_options=dict(size=4, mines=2, turns=9)
     ),
     "alfworld": dict(
-        steps=12, num_tasks=4, max_reply=48, env_options=dict(receptacles=8, objects=8)
+        steps=12, num_tasks=4, max_reply=96, env_options=dict(receptacles=8, objects=8)
     ),
 }
 # What may change when a run is resumed: nothing that changes the numbers, but for how long it goes.

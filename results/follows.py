@@ -38,17 +38,6 @@ def codes(trials: list[Trial]) -> dict[str, float]:
     return counts | {"followed": round(share, 3)}
 
 
-def pairs(note: str, places: set[str]) -> list[tuple[str, str]]:
-    """What a note says lies where: "desk 1 mug 2" -> ("mug 2", "desk 1")."""
-    found, place = [], ""
-    for name in re.findall(r"\w+ \d+", note):
-        if name in places:
-            place = name
-        else:
-            found.append((name, place))
-    return found
-
-
 def places(trials: list[Trial], env: Env) -> dict[str, Any]:
     """ALFWorld: episodes that begin with a note like "drawer 2 mug 1" about a needed thing.
 
@@ -64,8 +53,14 @@ def places(trials: list[Trial], env: Env) -> dict[str, Any]:
         needed = {game.names[thing] for thing in env.wanted(game.goal)}
         lies = [fact[1:] for fact in game.start if fact[0] == "inreceptacle"]
         truth = {(game.names[thing], game.names[place]) for thing, place in lies}
-        rooms = {game.names[place] for place in game.receptacles}
-        notes = [pairs(past.reflection, rooms) for past in trial.past]
+        notes = [
+            [
+                (thing, place)
+                for place, things in env.noted([past.reflection]).items()
+                for thing in things
+            ]
+            for past in trial.past
+        ]
         said += [pair in truth for pair in itertools.chain(*notes)]
         for episode, turns in enumerate(trial.episodes_played()):
             named = [pair for pair in itertools.chain(*notes[:episode]) if pair[0] in needed]

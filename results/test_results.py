@@ -74,6 +74,7 @@ def test_minesweeper(name, way):
     [
         ("the player that is imitated", "alfworld-tiny", "novice"),
         ("imitation, before RL | 24", "alfworld-tiny", "warm"),
+        ("imitation with heads that copy", "alfworld-tiny", "copying"),
         ("imitation, then meta-RL", "alfworld-tiny", "meta"),
         ("imitation, then RL of", "alfworld-tiny", "rl"),
         ("the imitated player", "webshop-tiny", "novice"),
@@ -299,10 +300,13 @@ def test_speed():
         assert cell == f"transformers' `generate_batch` {batch}, lock-step `generate` {lock_step}"
 
 
-@pytest.mark.parametrize(("name", "run"), [("imitation", "warm"), ("meta-RL", "meta")])
+@pytest.mark.parametrize(
+    ("name", "run"),
+    [("imitation |", "warm"), ("meta-RL |", "meta"), ("imitation with heads |", "copying")],
+)
 def test_notes_of_alfworld(name, run):
     row = json.loads((HERE / f"follows-alfworld-tiny-{run}-s0.json").read_text())
-    cells = [f"| {name}"]
+    cells = [f"| {name.removesuffix(' |')}"]
     for kind in ("right", "wrong"):
         episodes, went, won, _ = row[kind].values()
         cells += [f"{episodes}", f"{went}, {won}"]

@@ -1078,8 +1078,8 @@ class AlfWorld(Env):
 
         Of the choices, most of a prompt, only what is in reach and not named yet is kept: two
         places can be one. Where there are none, before a reflection, comes what was found, as a
-        note says it. Prompts of an episode begin alike, so an
-        update computes little more than a line a turn.
+        note says it. Prompts of an episode begin alike, so an update computes little more than a
+        line a turn.
         """
         turns = [f"{action}: {glimpse(observation)}" for action, observation, _ in records]
         if choices:
@@ -1134,12 +1134,8 @@ class AlfWorld(Env):
         # Something must be found first: look where the notes name it, mostly ...
         unlooked = [r for r in game.receptacles if r not in self.looked]
         wanted = {game.names[o] for o in self.wanted(game.goal) if o not in self.seen}
-        places, place = {game.names[r] for r in game.receptacles}, ""
-        noted: dict[str, set[str]] = {}  # a place, and what was written after it
-        for name in re.findall(NAME, " ".join(memory)):
-            place = name if name in places else place
-            noted.setdefault(place, set()).add(name)
-        told = [r for r in unlooked if wanted & noted.get(game.names[r], set())]
+        noted = self.noted(memory)
+        told = [r for r in unlooked if not wanted.isdisjoint(noted.get(game.names[r], ()))]
         if not told or rng.random() < 0.2:
             # ... else where they were not.
             told = [r for r in unlooked if game.names[r] not in noted] or unlooked
@@ -1155,6 +1151,19 @@ class AlfWorld(Env):
 
     def scripted_reflection(self, rng: random.Random) -> str:
         return f"<remark>{self.found() if self.looked else ''}</remark>"
+
+    def noted(self, notes: Sequence[str]) -> dict[str, list[str]]:
+        """The places that notes name, and what they name after each: the reverse of `found`."""
+        names = self.state.game.names
+        places, place = {names[r] for r in self.state.game.receptacles}, ""
+        noted: dict[str, list[str]] = {}
+        for name in re.findall(NAME, " ".join(notes)):
+            if name in places:
+                place = name
+                noted.setdefault(place, [])
+            else:
+                noted.setdefault(place, []).append(name)
+        return noted
 
     def found(self) -> str:
         """Each place looked into, then what was first seen there: "seen desk 1 mug 2 pen 1".
