@@ -162,7 +162,7 @@ def older_checkpoint(newest: str | Path) -> Path | None:
 # begins with, numbers, words, single signs. What is to be copied should be the same pieces wherever
 # it stands: "mug 1, pen 2" has the " 1" of "mug 1".
 PIECES = re.compile(
-    r"</?\w+>|\(\d+, \d+\)|\n?(?:[A-Z]\w* )?\d+:|\n\w+(?![\w,])| ?[a-z]+(?=\d)| ?\d+| ?\w+,?"
+    r" ?</?\w+>|\(\d+, \d+\)|\n?(?:[A-Z]\w* )?\d+:|\n\w+(?![\w,])| ?[a-z]+(?=\d)| ?\d+| ?\w+,?"
     r"| ?[^\w\s]|\s"
 )
 

@@ -1095,8 +1095,9 @@ class AlfWorld(Env):
         return " ".join(" ".join(fact) for fact in sorted(self.state.facts ^ self.state.game.start))
 
     def scripted(self, skill: float, rng: random.Random, memory: Sequence[str] = ()) -> str:
-        action = self.expert() if rng.random() < skill else self.novice(rng, memory)
-        return f"<action>{self.state.game.say(action)}</action>"
+        is_expert = rng.random() < skill
+        thought, action = ("", self.expert()) if is_expert else self.novice(rng, memory)
+        return f"{thought}{' ' if thought else ''}<action>{self.state.game.say(action)}</action>"
 
     def expert(self) -> Atom:
         """The first action of a shortest way to win."""
@@ -1106,14 +1107,16 @@ class AlfWorld(Env):
                 self.plan = find_plan(self.state, way, limit=shortest) or self.plan
         return self.plan[0] if self.plan else ("look",)
 
-    def novice(self, rng: random.Random, memory: Sequence[str]) -> Atom:
-        """Knows what to do with things, not where they are.
+    def novice(self, rng: random.Random, memory: Sequence[str]) -> tuple[str, Atom]:
+        """Knows what to do with things, not where they are: its thought and its action.
 
-        It looks where its notes say, else anywhere not yet seen.
+        It looks where its notes say, else anywhere not yet seen. The thought is what it looks for,
+        and the notes from there to the place: "find mug pen desk 1". So a note is read as it is
+        written, by going on as a text went on before, and the action repeats what was just said.
         """
         state, game = self.state, self.state.game
         if rng.random() < 0.1:
-            return rng.choice([self.options[command] for command in self.actions()])
+            return "", rng.choice([self.options[command] for command in self.actions()])
 
         # Of the ways to win, that of which most is known, then the shortest.
         plans = []
@@ -1125,24 +1128,31 @@ class AlfWorld(Env):
                 way = frozenset(fact for fact in way if game.portable.intersection(fact) - unknown)
             plan = find_plan(state, way)
             if plan is not None:
-                plans.append((len(unknown), len(plan), n, plan))
-        if plans:
-            best_plan = min(plans)[-1]
-            if best_plan:
-                return best_plan[0]
+                plans.append((len(unknown), len(plan), n, plan, unknown))
+        plan, unknown = min(plans)[-2:] if plans else ([], set())
+        if plan:
+            return "", plan[0]
 
-        # Something must be found first: look where the notes name it, mostly ...
-        unlooked = [r for r in game.receptacles if r not in self.looked]
-        wanted = {game.names[o] for o in self.wanted(game.goal) if o not in self.seen}
+        # Something must be found first, a lamp last: look where the notes name it, mostly ...
+        unlooked = {game.names[r]: r for r in game.receptacles if r not in self.looked}
+        if not unknown or not unlooked:
+            return "", ("look",)
+        sought = min(sorted(unknown), key=lambda o: o not in game.portable)
+        sought = game.names[sought].split()[0]
         noted = self.noted(memory)
-        told = [r for r in unlooked if not wanted.isdisjoint(noted.get(game.names[r], ()))]
-        if not told or rng.random() < 0.2:
+        for place, things in noted.items():
+            kinds = [thing.split()[0] for thing in things]
+            if place in unlooked and sought in kinds and rng.random() < 0.8:
+                thought = " ".join(["find", *things[kinds.index(sought) :], place])
+                break
+        else:
             # ... else where they were not.
-            told = [r for r in unlooked if game.names[r] not in noted] or unlooked
-        here = [r for r in told if r in state.here]
-        if here:
-            return ("examine" if state.is_accessible(here[0]) else "open", here[0])
-        return ("go", rng.choice(told)) if told else ("look",)
+            thought = f"find {sought}"
+            place = rng.choice([name for name in unlooked if name not in noted] or [*unlooked])
+        r = unlooked[place]
+        if r not in state.here:
+            return thought, ("go", r)
+        return thought, ("examine" if state.is_accessible(r) else "open", r)
 
     def wanted(self, ways: Iterable[frozenset[Atom]]) -> list[str]:
         """The objects these ways to win need, lamps included."""
@@ -1153,26 +1163,32 @@ class AlfWorld(Env):
         return f"<remark>{self.found() if self.looked else ''}</remark>"
 
     def noted(self, notes: Sequence[str]) -> dict[str, list[str]]:
-        """The places that notes name, and what they name after each: the reverse of `found`."""
+        """The places that notes name, and what they name before each: the reverse of `found`."""
         names = self.state.game.names
-        places, place = {names[r] for r in self.state.game.receptacles}, ""
+        places = {names[r] for r in self.state.game.receptacles}
         noted: dict[str, list[str]] = {}
-        for name in re.findall(NAME, " ".join(notes)):
-            if name in places:
-                place = name
-                noted.setdefault(place, [])
-            else:
-                noted.setdefault(place, []).append(name)
+        for note in notes:
+            things: list[str] = []
+            for name in re.findall(r"\w+(?: \d+)?", note.removeprefix("seen ")):
+                if name not in places:
+                    things.append(name)
+                    continue
+                noted.setdefault(name, []).extend(things)
+                things = []
         return noted
 
     def found(self) -> str:
-        """Each place looked into, then what was first seen there: "seen desk 1 mug 2 pen 1".
+        """Each place looked into, after what was first seen there: "seen mug pen desk 1 shelf 2".
 
-        Nothing stands between the names: what copies a text goes by the piece before, and that
-        tells nothing where it is always "in" or a comma.
+        Nothing stands between the names, and none stands twice: what copies a text goes by the
+        piece before. So a second mug is "mug 2"; the first is "mug", the word the task has for it.
         """
-        names, text = self.state.game.names, "seen"
+        names, text, kinds = self.state.game.names, "seen", set()
         for place in self.looked:
-            things = [thing for thing, where in self.seen.items() if where == place]
-            text += "".join(f" {names[name]}" for name in (place, *things))
+            for thing, where in self.seen.items():
+                if where == place:
+                    kind = names[thing].split()[0]
+                    text += f" {names[thing] if kind in kinds else kind}"
+                    kinds.add(kind)
+            text += f" {names[place]}"
         return text

@@ -584,19 +584,33 @@ def test_notes_help_the_novice():
 def test_the_novice_goes_where_its_notes_say_and_writes_what_it_saw():
     env = enter(LIT)
     assert env.scripted_reflection(random.Random(0)) == "<remark></remark>"
-    goes = [env.novice(random.Random(i), ["seen cabinet 2 mug 2"]) for i in range(200)]
-    assert goes.count(("go", "cabinet_bar_1")) > 120, "cabinet 2 is the first by raw id"
+    note = "seen mug pen cabinet 2 desklamp desk 1"
+    goes = [env.scripted(0.0, random.Random(i), [note]) for i in range(200)]
+    told = "find mug pen cabinet 2 <action>go to cabinet 2</action>"
+    assert goes.count(told) > 120, "what is sought, the note from there to the place, the action"
+    unsure = [go for go in goes if go.startswith("find mug <action>go to ")]
+    assert len(unsure) > 10 and not any("desk 1" in go or "cabinet 2" in go for go in unsure)
     play(env, "go to desk 1", "go to sinkbasin 1", "go to fridge 1")  # which is closed
-    note = "<remark>seen desk 1 desklamp 1 knife 1 mug 1 sinkbasin 1</remark>"
+    note = "<remark>seen desklamp knife mug desk 1 sinkbasin 1</remark>"
     assert env.scripted_reflection(random.Random(0)) == note
     env = enter(LIT)
     play(env, *FETCH, "go to desk 1", "move mug 2 to desk 1", "examine desk 1")
-    assert " cabinet 2 mug 2 " in env.scripted_reflection(random.Random(0)), "where it was first"
+    note = env.scripted_reflection(random.Random(0))
+    assert " mug cabinet 2 " in note, "where it was first"
+    assert " mug 1 desk 1" in note, "the second of its kind is named by its number"
+    assert env.noted(["", note])["desk 1"] == ["desklamp", "knife", "mug 1"]
     env = enter(TWO)
-    known = "seen cabinet 1 fork 1 cabinet 2 desk 1 pen 1 fridge 1"
-    goes = [env.novice(random.Random(i), [known]) for i in range(200)]
+    known = "seen fork cabinet 1 cabinet 2 pen desk 1 fridge 1"
+    goes = [env.novice(random.Random(i), [known])[1] for i in range(200)]
     others = [("go", "microwave_bar_1"), ("go", "sink_bar_1_bar_sinkbasin")]
     assert sum(action in others for action in goes) > 150
+
+
+def test_the_novice_looks_for_the_lamp_when_the_thing_is_in_hand():
+    env = enter(LIT)
+    play(env, *FETCH)
+    replies = [env.scripted(0.0, random.Random(i)) for i in range(100)]
+    assert sum(reply.startswith("find desklamp <action>") for reply in replies) > 80
 
 
 def test_compact_prompts_are_short():
