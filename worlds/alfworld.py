@@ -1146,9 +1146,10 @@ class AlfWorld(Env):
                 thought = " ".join(["find", *things[kinds.index(sought) :], place])
                 break
         else:
-            # ... else where they were not.
+            # ... else where they were not, first within reach.
             thought = f"find {sought}"
-            place = rng.choice([name for name in unlooked if name not in noted] or [*unlooked])
+            new = [name for name in unlooked if name not in noted] or [*unlooked]
+            place = rng.choice([name for name in new if unlooked[name] in state.here] or new)
         r = unlooked[place]
         if r not in state.here:
             return thought, ("go", r)
