@@ -268,8 +268,8 @@ def warm_policy(config: Any) -> Path:
     before RL, no part of the paper: a large model needs none, and a baseline starts from the same.
     """
     env = make_env(config.env, **config.env_options)
-    if config.tiny_hidden % 8:
-        raise ValueError(f"--tiny_hidden must be a multiple of 8, not {config.tiny_hidden}")
+    if config.tiny_hidden % 16:
+        raise ValueError(f"--tiny_hidden must be a multiple of 16, not {config.tiny_hidden}")
     if not env.has_scripted_player():
         remedy = "give another --model" if config.model == "tiny" else "leave out --warm_steps"
         raise ValueError(f"{env.name} has no scripted player to imitate; {remedy}")
@@ -471,9 +471,9 @@ def copying(vocab_size: int, rng: random.Random) -> list[Turn]:
     turns = []
     for _ in range(32):
         lead, text, gap = (
-            rng.choices(range(256, vocab_size), k=rng.randint(least, 24)) for least in (1, 4, 0)
+            rng.choices(range(256, vocab_size - 3), k=rng.randint(least, 24)) for least in (1, 4, 0)
         )
-        turns.append(make_turn(lead + text + gap, text))
+        turns.append(make_turn(lead + text + gap + text[:1], text[1:]))
     return turns
 
 

@@ -39,10 +39,10 @@ def codes(trials: list[Trial]) -> dict[str, float]:
 
 
 def places(trials: list[Trial], env: Env) -> dict[str, Any]:
-    """ALFWorld: episodes that begin with a note like "drawer 2 mug 1" about a needed thing.
+    """ALFWorld: episodes that begin with a note like "mug drawer 2" about a needed thing.
 
-    Such a note is right if the thing lies there at the start. Beside them the share of all that
-    notes say, needed or not, that is so.
+    Such a note is right if a thing of its kind lies there at the start. Beside them the share of
+    all that notes say, needed or not, that is so.
     """
     kinds = ("episodes", "went there", "and won", "and won, having gone elsewhere")
     counts: dict[str, Any] = {name: dict.fromkeys(kinds, 0) for name in ("right", "wrong")}
@@ -50,12 +50,13 @@ def places(trials: list[Trial], env: Env) -> dict[str, Any]:
     for trial in trials:
         env.reset(trial.seed)
         game = env.state.game
-        needed = {game.names[thing] for thing in env.wanted(game.goal)}
+        kind_of = {name: game.names[name].split()[0] for name in game.names}
+        needed = {kind_of[thing] for thing in env.wanted(game.goal)}
         lies = [fact[1:] for fact in game.start if fact[0] == "inreceptacle"]
-        truth = {(game.names[thing], game.names[place]) for thing, place in lies}
+        truth = {(kind_of[thing], game.names[place]) for thing, place in lies}
         notes = [
             [
-                (thing, place)
+                (thing.split()[0], place)
                 for place, things in env.noted([past.reflection]).items()
                 for thing in things
             ]

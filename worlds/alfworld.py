@@ -1042,10 +1042,11 @@ class AlfWorld(Env):
         if meant is not None:
             self.observation = self.state.apply(meant)
             self.options = self.state.commands()
-            for r in meant[1:]:
-                if r in self.state.contents and self.state.is_accessible(r):
-                    self.looked[r] = None
-                    self.seen = dict.fromkeys(self.state.contents[r], r) | self.seen
+            r = meant[-1]
+            shows = meant[0] in ("go", "open", "examine") and r in self.state.contents
+            if shows and self.state.is_accessible(r):
+                self.looked[r] = None
+                self.seen = dict.fromkeys(self.state.contents[r], r) | self.seen
         info = self.info()
         won = info["won"]
         self.done = won or self.turns >= self.turn_limit
@@ -1164,18 +1165,22 @@ class AlfWorld(Env):
         return f"<remark>{self.found() if self.looked else ''}</remark>"
 
     def noted(self, notes: Sequence[str]) -> dict[str, list[str]]:
-        """The places that notes name, and what they name before each: the reverse of `found`."""
+        """The places that notes name, and what the first of them names before each.
+
+        The reverse of `found`; other words of a model's notes are left out.
+        """
         names = self.state.game.names
         places = {names[r] for r in self.state.game.receptacles}
+        kinds = {names[o].split()[0] for o in self.state.game.fits}
         noted: dict[str, list[str]] = {}
         for note in notes:
             things: list[str] = []
-            for name in re.findall(r"\w+(?: \d+)?", note.removeprefix("seen ")):
-                if name not in places:
+            for name in re.findall(rf"{NAME}|\w+", note.lower()):
+                if name in places:
+                    noted.setdefault(name, things)
+                    things = []
+                elif name.split()[0] in kinds:
                     things.append(name)
-                    continue
-                noted.setdefault(name, []).extend(things)
-                things = []
         return noted
 
     def found(self) -> str:

@@ -584,9 +584,9 @@ def test_notes_help_the_novice():
 def test_the_novice_goes_where_its_notes_say_and_writes_what_it_saw():
     env = enter(LIT)
     assert env.scripted_reflection(random.Random(0)) == "<remark></remark>"
-    note = "seen mug pen cabinet 2 desklamp desk 1"
-    goes = [env.scripted(0.0, random.Random(i), [note]) for i in range(200)]
-    told = "find mug pen cabinet 2 <action>go to cabinet 2</action>"
+    note = "I have Seen: mug, knife cabinet 2 desklamp desk 1"
+    goes = [env.scripted(0.0, random.Random(i), [note, note]) for i in range(200)]
+    told = "find mug knife cabinet 2 <action>go to cabinet 2</action>"
     assert goes.count(told) > 120, "what is sought, the note from there to the place, the action"
     unsure = [go for go in goes if go.startswith("find mug <action>go to ")]
     assert len(unsure) > 10 and not any("desk 1" in go or "cabinet 2" in go for go in unsure)
