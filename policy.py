@@ -158,9 +158,9 @@ def older_checkpoint(newest: str | Path) -> Path | None:
 
 # ----------------------------------------------------------------------- the tiny policy
 
-# Pieces of text that become one token each: tags, (row, col), row labels, the letters that a number
-# begins with, numbers, words, single signs. What is to be copied should be the same pieces wherever
-# it stands: "mug 1, pen 2" has the " 1" of "mug 1".
+# Pieces of text that become one token each: tags, also after a thought, (row, col), row labels, the
+# letters that a number begins with, numbers, words, single signs. What is to be copied should be
+# the same pieces wherever it stands: "mug 1, pen 2" has the " 1" of "mug 1".
 PIECES = re.compile(
     r" ?</?\w+>|\(\d+, \d+\)|\n?(?:[A-Z]\w* )?\d+:|\n\w+(?![\w,])| ?[a-z]+(?=\d)| ?\d+| ?\w+,?"
     r"| ?[^\w\s]|\s"
@@ -354,37 +354,39 @@ def imitator(
 
 @torch.no_grad()
 def begin_to_copy(model: Any) -> None:
-    """Give a new model the two heads in a row that go on as a text went on before.
+    """Give a new model the heads, in two layers, that go on as a text went on before.
 
     These "induction heads" (Olsson et al. 2022) are what copies notes; left to chance, 3,600 steps
     of imitation did not find them. In the first layer one head looks at the token before and
     writes a quarter of it to the last quarter of a state. In the second, heads look for the place
     where that quarter says what the present token is, and pass on what stands there. From there
-    on it is learned like all else.
+    on it is learned like all else; 2.0, 0.3 and 0.7 were found by trying.
     """
     config = model.config
     first, second = (layer.self_attn for layer in model.model.layers[:2])
-    width, dim = config.hidden_size, config.head_dim
-    half, identity = dim // 2, torch.eye(width)
+    dim, half = config.head_dim, config.head_dim // 2
+    identity = torch.eye(config.hidden_size)
     for layer in model.model.layers:  # what is embedded stays readable
         layer.mlp.down_proj.weight.zero_()
         layer.self_attn.v_proj.weight.copy_(identity)
     for norm in (first.q_norm, first.k_norm, second.q_norm, second.k_norm):
         norm.weight.fill_(2.0)  # attention is sharp
-    turn = model.model.rotary_emb.inv_freq  # a position's angles to the next
+    # The first head's query and key are constant, and turned against each other by one position.
+    angles = model.model.rotary_emb.inv_freq
     size = 0.7 ** (torch.arange(half) / 2)
     first.q_proj.weight[:dim], first.k_proj.weight[:dim] = 0.0, 0.0
-    first.q_proj.bias[:dim] = torch.cat([size, 0 * size])
-    first.k_proj.bias[:dim] = torch.cat([size * turn.cos(), size * turn.sin()])
+    first.q_proj.bias[:dim] = torch.cat([size, torch.zeros(half)])
+    first.k_proj.bias[:dim] = torch.cat([size * angles.cos(), size * angles.sin()])
     first.o_proj.weight.zero_()
     first.o_proj.weight[-dim:, :dim] = 0.3 * torch.eye(dim)
+    # Each of the second's three compares half of a state's first quarter with half of its last.
     slow = torch.arange(half // 2, half)
     slow = torch.cat([slow, slow + half])  # what hardly turns with the position
     second.q_proj.weight[: 3 * dim], second.k_proj.weight[: 3 * dim] = 0.0, 0.0
-    for head in range(3):  # of four
-        start = half * (head % 2)  # each compares half of that quarter
-        second.q_proj.weight[head * dim + slow] = identity[start : start + half]
-        second.k_proj.weight[head * dim + slow] = identity[width - dim + start :][:half]
+    for head in range(3):  # the fourth is as it was made
+        part = slice(half * (head % 2), half * (head % 2) + half)
+        second.q_proj.weight[head * dim + slow] = identity[:dim][part]
+        second.k_proj.weight[head * dim + slow] = identity[-dim:][part]
     second.o_proj.weight.copy_(identity)
 
 
@@ -468,11 +470,11 @@ def copying(vocab_size: int, rng: random.Random) -> list[Turn]:
 
     Of that a game's own text teaches little, as most of it can be guessed.
     """
+    pieces = range(256, vocab_size - 3)  # no bytes, no special tokens
     turns = []
     for _ in range(32):
-        lead, text, gap = (
-            rng.choices(range(256, vocab_size - 3), k=rng.randint(least, 24)) for least in (1, 4, 0)
-        )
+        lead, text, gap = (rng.choices(pieces, k=rng.randint(least, 24)) for least in (1, 4, 0))
+        # Where the stretch begins nothing tells, so its first piece is given.
         turns.append(make_turn(lead + text + gap + text[:1], text[1:]))
     return turns
 

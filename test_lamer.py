@@ -2957,11 +2957,12 @@ def test_a_policy_that_begins_to_copy_goes_on_as_the_text_did():
         found = []
         for turn in turns:
             row, reply = turn.token_ids(), turn.reply_ids
-            assert min(row) >= 256 and max(row) < 500 and len(reply) >= 4
+            assert min(row) >= 256 and max(row) < 497 and len(reply) >= 3
             start = next(i for i in range(len(row)) if row[i : i + len(reply)] == reply)
-            assert start + len(reply) <= len(turn.prompt_ids) and start > 0, "shown before"
-            logits = model(torch.tensor([row])).logits[0, -len(reply) : -1]  # after its first piece
-            found += (logits.argmax(-1) == torch.tensor(reply[1:])).tolist()
+            assert start + len(reply) < len(turn.prompt_ids) and start > 1, "shown before"
+            assert row[start - 1] == turn.prompt_ids[-1], "the piece before it is given"
+            logits = model(torch.tensor([row])).logits[0, -len(reply) - 1 : -1]
+            found += (logits.argmax(-1) == torch.tensor(reply)).tolist()
         shares.append(np.mean(found))
     assert shares[0] > 0.1 and shares[1] < 0.02, shares
 

@@ -57,7 +57,7 @@ def places(trials: list[Trial], env: Env) -> dict[str, Any]:
         notes = [
             [
                 (thing.split()[0], place)
-                for place, things in env.noted([past.reflection]).items()
+                for place, things in env.read_notes([past.reflection]).items()
                 for thing in things
             ]
             for past in trial.past

@@ -1088,7 +1088,7 @@ class AlfWorld(Env):
             new = set(re.findall(NAME, " ".join(near))) - set(re.findall(NAME, " ".join(turns)))
             turns += ["here: " + ", ".join(sorted(new))] if new else []
         elif self.looked:
-            turns.append(self.found())
+            turns.append(self.write_note())
         return "\n".join(["places " + glimpse(initial), initial.rpartition("\n")[2], *turns])
 
     def anchor(self) -> str:
@@ -1098,7 +1098,7 @@ class AlfWorld(Env):
     def scripted(self, skill: float, rng: random.Random, memory: Sequence[str] = ()) -> str:
         is_expert = rng.random() < skill
         thought, action = ("", self.expert()) if is_expert else self.novice(rng, memory)
-        return f"{thought}{' ' if thought else ''}<action>{self.state.game.say(action)}</action>"
+        return f"{thought} <action>{self.state.game.say(action)}</action>".lstrip()
 
     def expert(self) -> Atom:
         """The first action of a shortest way to win."""
@@ -1109,49 +1109,54 @@ class AlfWorld(Env):
         return self.plan[0] if self.plan else ("look",)
 
     def novice(self, rng: random.Random, memory: Sequence[str]) -> tuple[str, Atom]:
-        """Knows what to do with things, not where they are: its thought and its action.
-
-        It looks where its notes say, else anywhere not yet seen. The thought is what it looks for,
-        and the notes from there to the place: "find mug pen desk 1". So a note is read as it is
-        written, by going on as a text went on before, and the action repeats what was just said.
-        """
-        state, game = self.state, self.state.game
+        """Knows what to do with things, not where they are: its thought and its action."""
         if rng.random() < 0.1:
             return "", rng.choice([self.options[command] for command in self.actions()])
+        plan, unknown = self.plan_by_sight()
+        return ("", plan[0]) if plan else self.search(unknown, rng, memory)
 
-        # Of the ways to win, that of which most is known, then the shortest.
+    def plan_by_sight(self) -> tuple[list[Atom], set[str]]:
+        """As far as one can go with what was seen: a plan, and the objects it still lacks.
+
+        Of the ways to win, that of which most is known, then the shortest.
+        """
         plans = []
-        for n, way in enumerate(game.goal):
-            needed = self.wanted([way])
-            unknown = {o for o in needed if o not in self.seen and o != state.held}
-            if unknown:
-                # As far as one can go with what was seen: a lamp waits until the object is in hand.
-                way = frozenset(fact for fact in way if game.portable.intersection(fact) - unknown)
-            plan = find_plan(state, way)
+        for n, way in enumerate(self.state.game.goal):
+            unknown = {o for o in self.wanted([way]) if o not in self.seen and o != self.state.held}
+            if unknown:  # a lamp waits until the object is in hand
+                known = self.state.game.portable - unknown
+                way = frozenset(fact for fact in way if known.intersection(fact))
+            plan = find_plan(self.state, way)
             if plan is not None:
                 plans.append((len(unknown), len(plan), n, plan, unknown))
-        plan, unknown = min(plans)[-2:] if plans else ([], set())
-        if plan:
-            return "", plan[0]
+        return min(plans)[-2:] if plans else ([], set())
 
-        # Something must be found first, a lamp last: look where the notes name it, mostly ...
+    def search(
+        self, unknown: set[str], rng: random.Random, memory: Sequence[str]
+    ) -> tuple[str, Atom]:
+        """Looks for one of these objects where notes name it, mostly, else where nobody looked.
+
+        The thought is what is sought, and the notes from there to the place: "find mug pen desk 1".
+        So a note is read as it was written, by going on as a text went on before, and the action
+        repeats what was just said.
+        """
+        state, game = self.state, self.state.game
         unlooked = {game.names[r]: r for r in game.receptacles if r not in self.looked}
         if not unknown or not unlooked:
             return "", ("look",)
-        sought = min(sorted(unknown), key=lambda o: o not in game.portable)
+        sought = min(sorted(unknown), key=lambda o: o not in game.portable)  # a lamp last
         sought = game.names[sought].split()[0]
-        noted = self.noted(memory)
+        noted = self.read_notes(memory)
+        thought, told = f"find {sought}", None
         for place, things in noted.items():
             kinds = [thing.split()[0] for thing in things]
             if place in unlooked and sought in kinds and rng.random() < 0.8:
                 thought = " ".join(["find", *things[kinds.index(sought) :], place])
+                told = place
                 break
-        else:
-            # ... else where they were not, first within reach.
-            thought = f"find {sought}"
-            new = [name for name in unlooked if name not in noted] or [*unlooked]
-            place = rng.choice([name for name in new if unlooked[name] in state.here] or new)
-        r = unlooked[place]
+        new = [name for name in unlooked if name not in noted] or [*unlooked]
+        near = [name for name in new if unlooked[name] in state.here]
+        r = unlooked[told or rng.choice(near or new)]
         if r not in state.here:
             return thought, ("go", r)
         return thought, ("examine" if state.is_accessible(r) else "open", r)
@@ -1162,12 +1167,28 @@ class AlfWorld(Env):
         return sorted(names & self.state.game.fits.keys())
 
     def scripted_reflection(self, rng: random.Random) -> str:
-        return f"<remark>{self.found() if self.looked else ''}</remark>"
+        return f"<remark>{self.write_note()}</remark>"
 
-    def noted(self, notes: Sequence[str]) -> dict[str, list[str]]:
+    def write_note(self) -> str:
+        """Each place looked into, after what was first seen there: "seen mug pen desk 1 shelf 2".
+
+        Nothing stands between the names, and none stands twice: what copies a text goes by the
+        piece before. The first mug is "mug", the word that the task has; others keep their number.
+        """
+        names, words, kinds = self.state.game.names, ["seen"], set()
+        for place in self.looked:
+            for thing, where in self.seen.items():
+                if where == place:
+                    kind = names[thing].split()[0]
+                    words.append(names[thing] if kind in kinds else kind)
+                    kinds.add(kind)
+            words.append(names[place])
+        return " ".join(words) if self.looked else ""
+
+    def read_notes(self, notes: Sequence[str]) -> dict[str, list[str]]:
         """The places that notes name, and what the first of them names before each.
 
-        The reverse of `found`; other words of a model's notes are left out.
+        The reverse of `write_note`; other words of a model's notes are left out.
         """
         names = self.state.game.names
         places = {names[r] for r in self.state.game.receptacles}
@@ -1182,19 +1203,3 @@ class AlfWorld(Env):
                 elif name.split()[0] in kinds:
                     things.append(name)
         return noted
-
-    def found(self) -> str:
-        """Each place looked into, after what was first seen there: "seen mug pen desk 1 shelf 2".
-
-        Nothing stands between the names, and none stands twice: what copies a text goes by the
-        piece before. So a second mug is "mug 2"; the first is "mug", the word the task has for it.
-        """
-        names, text, kinds = self.state.game.names, "seen", set()
-        for place in self.looked:
-            for thing, where in self.seen.items():
-                if where == place:
-                    kind = names[thing].split()[0]
-                    text += f" {names[thing] if kind in kinds else kind}"
-                    kinds.add(kind)
-            text += f" {names[place]}"
-        return text

@@ -598,7 +598,7 @@ def test_the_novice_goes_where_its_notes_say_and_writes_what_it_saw():
     note = env.scripted_reflection(random.Random(0))
     assert " mug cabinet 2 " in note, "where it was first"
     assert " mug 1 desk 1" in note, "the second of its kind is named by its number"
-    assert env.noted(["", note])["desk 1"] == ["desklamp", "knife", "mug 1"]
+    assert env.read_notes(["", note])["desk 1"] == ["desklamp", "knife", "mug 1"]
     env = enter(TWO)
     known = "seen fork cabinet 1 cabinet 2 pen desk 1 fridge 1"
     goes = [env.novice(random.Random(i), [known])[1] for i in range(200)]
