@@ -1,6 +1,6 @@
 """Draw success after each episode, a panel for each game, from results/*.json; needs matplotlib.
 
-    python results/figure.py results/minesweeper.svg MineSweeper minesweeper-tiny
+    python results/figure.py results/games.svg MineSweeper minesweeper-tiny ALFWorld alfworld-tiny
 
 A title is followed by the name that results/table.py takes. Mean over the seeds; bars are 95%
 intervals from a bootstrap of the tasks within each seed.

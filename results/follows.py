@@ -51,7 +51,8 @@ def places(trials: list[Trial], env: Env) -> dict[str, Any]:
         env.reset(trial.seed)
         game = env.state.game
         kind_of = {name: game.names[name].split()[0] for name in game.names}
-        needed = {kind_of[thing] for thing in env.wanted(game.goal)}
+        sought = game.portable.intersection(env.wanted(game.goal))  # a lamp is looked for last
+        needed = {kind_of[thing] for thing in sought}
         lies = [fact[1:] for fact in game.start if fact[0] == "inreceptacle"]
         truth = {(kind_of[thing], game.names[place]) for thing, place in lies}
         notes = [

@@ -73,10 +73,12 @@ def test_minesweeper(name, way):
     ("name", "results", "method"),
     [
         ("the player that is imitated", "alfworld-tiny", "novice"),
-        ("imitation, before RL | 24", "alfworld-tiny", "warm"),
-        ("imitation with heads that copy", "alfworld-tiny", "copying"),
+        ("imitation, before RL | 30", "alfworld-tiny", "warm"),
         ("imitation, then meta-RL", "alfworld-tiny", "meta"),
         ("imitation, then RL of", "alfworld-tiny", "rl"),
+        ("without the thought: before RL", "alfworld-tiny_silent", "warm"),
+        ("without the thought: meta-RL | 60", "alfworld-tiny_silent", "meta"),
+        ("without the thought: RL", "alfworld-tiny_silent", "rl"),
         ("the imitated player", "webshop-tiny", "novice"),
         ("its imitation |", "webshop-tiny", "warm"),
         ("its imitation, then meta-RL", "webshop-tiny", "meta"),
@@ -89,7 +91,7 @@ def test_minesweeper(name, way):
         ("then six of RL", "alfworld-smollm2", "rl"),
     ],
 )
-def test_one_seed(name, results, method):
+def test_games(name, results, method):
     found, expected = table.read(results), []
     for memory in ("reflection", "swapped", "none"):
         by_seed = found.get(f"{method}-{memory}")
@@ -302,15 +304,34 @@ def test_speed():
 
 @pytest.mark.parametrize(
     ("name", "run"),
-    [("imitation |", "warm"), ("meta-RL |", "meta"), ("imitation with heads |", "copying")],
+    [
+        ("imitation", "-warm"),
+        ("meta-RL", "-meta"),
+        ("without the thought: imitation", "_silent-warm"),
+        ("without the thought: meta-RL", "_silent-meta"),
+    ],
 )
 def test_notes_of_alfworld(name, run):
-    row = json.loads((HERE / f"follows-alfworld-tiny-{run}-s0.json").read_text())
-    cells = [f"| {name.removesuffix(' |')}"]
-    for kind in ("right", "wrong"):
-        episodes, went, won, _ = row[kind].values()
-        cells += [f"{episodes}", f"{went}, {won}"]
-    assert " | ".join(cells) + " |\n" in README
+    row = json.loads((HERE / f"follows-alfworld-tiny{run}-s0.json").read_text())
+    episodes, went, won, _ = row["right"].values()
+    assert f"| {name} | {episodes} | {went} | {won} |\n" in README
+    assert row["wrong"]["episodes"] == (run == "_silent-meta"), "all but one are right"
+
+
+@pytest.mark.parametrize(
+    ("name", "ours", "other"),
+    [
+        ("meta-RL minus RL", "meta-reflection", "rl-none"),
+        ("own memory minus swapped |", "meta-reflection", "meta-swapped"),
+        ("swapped memory minus none", "meta-swapped", "meta-none"),
+        ("swapped memory minus RL", "meta-swapped", "rl-none"),
+        ("own memory minus swapped, before RL", "warm-reflection", "warm-swapped"),
+    ],
+)
+def test_differences_on_alfworld(name, ours, other):
+    found = table.read("alfworld-tiny")
+    difference, each = table.compare(found[ours], found[other]).rstrip(")").split(" (")
+    assert cells_of(f"ALFWorld: {name}") == [difference, each]
 
 
 def test_diversity_by_hand():
