@@ -374,6 +374,14 @@ def test_who_goes_where_the_notes_say():
     assert [*found["wrong"].values()] == [2, 1, 1, 1]
     assert (found["said"], found["of which true"]) == (7, 4), "a sock is no thing here"
 
+    env = make_env("alfworld", tasks="look", receptacles=5, objects=5)
+    env.reset(0)
+    names = env.state.game.names
+    lies = [fact[1:] for fact in env.state.game.start if fact[0] == "inreceptacle"]
+    [place] = [names[place] for thing, place in lies if "desklamp" in names[thing]]
+    found = follows.places([trial(["look", "look"], [f"desklamp {place}"])], env)
+    assert found["right"]["episodes"] == 0 and found["of which true"] == 1, "lamps come last"
+
 
 def test_what_is_certain_on_a_board():
     board = ["?", "?", "1", ".", "1", "1", "1", "."] + ["."] * 8
