@@ -613,6 +613,24 @@ def test_the_novice_looks_for_the_lamp_when_the_thing_is_in_hand():
     assert sum(reply.startswith("find desklamp <action>") for reply in replies) > 80
 
 
+def test_only_what_was_shown_is_noted():
+    """Where two receptacles share a place, one may take from the one that was not looked into."""
+    env, count = AlfWorld(), 0
+    for seed in range(60):
+        env.reset(seed)
+        game = env.state.game
+        for r in game.receptacles:
+            env.start(game)
+            env.step(f"go to {game.names[r]}")
+            for command, meant in env.options.items():
+                if meant[0] == "take" and meant[2] != r:
+                    env.step(command)
+                    assert meant[2] not in env.looked and meant[1] not in env.seen
+                    count += 1
+                    break
+    assert count > 10
+
+
 def test_compact_prompts_are_short():
     import policy
 
